@@ -1,0 +1,113 @@
+"""Counts, times and logs every request where it crosses the seam, whatever its end; and nowhere else.
+
+A request that never became one (bad JSON, wrong key, too many bytes) is reported by the edge with `rejected`.
+"""
+
+import asyncio
+import logging
+import time
+
+from service.backend import Backend
+from service.domain import Call, Classification, ClassifyRequest, ModelInfo, Usage
+from service.errors import (
+    AttndError,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
+from service.metrics import Metrics
+
+_OUTCOMES: dict[type[BaseException], str] = {
+    InvalidRequest: "invalid",
+    TooLarge: "invalid",
+    NotFound: "invalid",
+    Unauthenticated: "invalid",
+    Unsupported: "invalid",
+    Overloaded: "overloaded",
+    DeadlineExceeded: "deadline",
+    Cancelled: "cancelled",
+    asyncio.CancelledError: "cancelled",
+}
+
+_log = logging.getLogger("attnd.requests")
+
+
+def outcome_of(error: BaseException) -> str:
+    """The `outcome` label of a request that ended with `error`."""
+    return _OUTCOMES.get(type(error), "error")
+
+
+class Observed:
+    """A Backend that passes everything on and misses nothing."""
+
+    def __init__(self, backend: Backend, metrics: Metrics, *, log_requests: bool = True) -> None:
+        self._backend = backend
+        self._metrics = metrics
+        self._log_requests = log_requests
+        self._models: list[ModelInfo] = []
+
+    async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
+        in_flight = self._metrics.in_flight.labels(call.route)
+        in_flight.inc()
+        try:
+            result = await self._backend.classify(request, call)
+        except BaseException as error:
+            self._failed(call, error, self._known(request.model, "classification"))
+            raise
+        finally:
+            in_flight.dec()
+        self._metrics.observe_request(call.route, result.model, "ok", result.timing)
+        self._metrics.prompt_tokens.labels(call.route, result.model).observe(result.usage.prompt_tokens)
+        if self._log_requests:
+            self._log(call, result.model, "ok", result.timing.total_seconds, result.usage, len(result.results))
+        return result
+
+    async def models(self) -> list[ModelInfo]:
+        self._models = await self._backend.models()
+        return self._models
+
+    async def aclose(self) -> None:
+        await self._backend.aclose()
+
+    def rejected(self, call: Call, error: AttndError) -> None:
+        """Count a request that failed before it could be understood."""
+        self._failed(call, error, "")
+
+    def _known(self, wanted: str | None, task: str) -> str:
+        """A label that only takes names of served models, whatever callers send."""
+        for model in self._models:
+            if model.id == wanted or (wanted is None and model.task == task):
+                return model.id
+        return ""
+
+    def _failed(self, call: Call, error: BaseException, model: str) -> None:
+        outcome = outcome_of(error)
+        timing = call.progress.timing(time.monotonic())
+        self._metrics.observe_request(call.route, model, outcome, timing)
+        if outcome == "error" and not isinstance(error, Unavailable):
+            _log.error("request %s failed", call.request_id, exc_info=error)
+        if self._log_requests:
+            reason = error.message if isinstance(error, AttndError) else type(error).__name__
+            self._log(call, model, outcome, timing.total_seconds, None, 0, reason)
+
+    def _log(
+        self, call: Call, model: str, outcome: str, seconds: float, usage: Usage | None, inputs: int, error: str = ""
+    ) -> None:
+        fields: dict[str, object] = {
+            "request_id": call.request_id,
+            "route": call.route,
+            "model": model,
+            "outcome": outcome,
+            "seconds": round(seconds, 6),
+        }
+        if usage is not None:
+            fields |= {"inputs": inputs, "prompt_tokens": usage.prompt_tokens, "truncated": usage.truncated}
+        if error:
+            fields["error"] = error
+        _log.info("request", extra={"fields": fields})

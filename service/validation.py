@@ -1,0 +1,32 @@
+"""A failed pydantic validation, said as one `InvalidRequest` that names the field, the reason and the value."""
+
+from pydantic import ValidationError
+
+from service.errors import InvalidRequest
+
+_SHOWN = 60  # characters of a value or a field's name that an error repeats
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    return _cut(".".join(map(str, location)))
+
+
+def invalid(error: ValidationError) -> InvalidRequest:
+    """The first failure of `error` in words; how many more there are is said too."""
+    first, *others = error.errors(include_url=False, include_context=False)
+    if first["type"] == "json_invalid":
+        return InvalidRequest(
+            f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json"
+        )
+    path = _path(first["loc"])
+    where = path or "the body"
+    reason = first["msg"].removeprefix("Value error, ")
+    # A list whose only item failed is also "too short": one problem, not two.
+    others = [other for other in others if other["loc"] != first["loc"][: len(other["loc"])]]
+    more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''})" if others else ""
+    got = "" if first["type"] in ("missing", "unexpected_keyword_argument") else f", got {_cut(repr(first['input']))}"
+    return InvalidRequest(f"{where}: {reason[0].lower()}{reason[1:]}{got}{more}", param=path or None)
