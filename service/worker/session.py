@@ -1,0 +1,186 @@
+"""The only file that imports onnxruntime: opens a graph, checks its interface, runs it.
+
+Every choice about the runtime is made here: threads, execution provider, optimizer, memory. Knows nothing of what a
+graph computes.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.errors import BundleError, ConfigError
+from service.worker.bundle import GraphSpec, TensorSpec
+
+_log = logging.getLogger("attnd.session")
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(int64)": "int64"}
+# The optimizer makes SkipLayerNormalization of Add and LayerNormalization, and on the CPU that one operator takes seven
+# times as long as the two (measured with onnxruntime 1.31: a quarter of an encoder's time).
+DISABLED_OPTIMIZERS = ("SkipLayerNormFusion",)
+
+
+class Session:
+    """One graph, ready to run. Thread-safe: with `threads=1` each caller's thread computes its own run.
+
+    Raises BundleError if the graph cannot be loaded or is not what `spec` says, ConfigError if `provider` is not
+    available and `fallback` (to the CPU) is not allowed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        *,
+        threads: int = 1,
+        provider: str = "cpu",
+        fallback: bool = False,
+        spin: bool = False,
+    ) -> None:
+        self.threads = threads
+        self.provider = available_provider(provider, fallback=fallback)
+        self._outputs = [tensor.name for tensor in spec.outputs]
+        try:
+            self._session = ort.InferenceSession(
+                str(path),
+                _options(threads, spin=spin),
+                providers=_with_cpu(self.provider),
+                disabled_optimizers=list(DISABLED_OPTIMIZERS),
+            )
+        except Exception as error:  # the binding has no common base class
+            raise BundleError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}: {error}") from error
+        self._check_provider(fallback=fallback)
+        problems = [
+            *differences("input", spec.inputs, self._session.get_inputs()),
+            *differences("output", spec.outputs, self._session.get_outputs()),
+        ]
+        if problems:
+            raise BundleError(f"{path} is not what its manifest says: {'; '.join(problems)}")
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The outputs in the order of the spec. Releases the GIL while it computes."""
+        outputs: list[NDArray[Any]] = self._session.run(self._outputs, dict(feeds))
+        return outputs
+
+    def _check_provider(self, *, fallback: bool) -> None:
+        """ONNX Runtime itself falls back with no more than a line in its log, for instance when a driver is missing."""
+        active = self._session.get_providers()[0]
+        if active == PROVIDERS[self.provider]:
+            return
+        if not fallback:
+            raise ConfigError(
+                f"provider {self.provider!r} could not start, ONNX Runtime chose {active}", param="provider"
+            )
+        _log.warning("provider %s could not start; running on the CPU", self.provider)
+        self.provider = "cpu"
+
+
+def available_provider(wanted: str, *, fallback: bool) -> str:
+    """`wanted`, or "cpu" where the installed onnxruntime lacks it and `fallback` is true. Raises ConfigError."""
+    if wanted not in PROVIDERS:
+        raise ConfigError(f"provider is {wanted!r}, it must be one of {', '.join(PROVIDERS)}", param="provider")
+    installed = ort.get_available_providers()
+    if PROVIDERS[wanted] in installed:
+        return wanted
+    if not fallback:
+        raise ConfigError(
+            f"provider {wanted!r} is not in the installed onnxruntime: {', '.join(installed)}", param="provider"
+        )
+    _log.warning("provider %s is not installed; running on the CPU", wanted)
+    return "cpu"
+
+
+def _with_cpu(provider: str) -> list[str]:
+    """Operators that an accelerator lacks run on the CPU, so that provider always stands last."""
+    return list(dict.fromkeys((PROVIDERS[provider], PROVIDERS["cpu"])))
+
+
+def _options(threads: int, *, spin: bool) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only
+    # A spinning thread waits for its next share of work by burning a core that the gateway could use.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    # The arena and the memory plans grow with every new shape, and packed batches are of all shapes.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    return options
+
+
+def differences(side: str, specs: Sequence[TensorSpec], actual: Sequence[Any]) -> list[str]:
+    """In words, how the graph's inputs or outputs differ from the manifest's: names, order, types, axes."""
+    expected = [tensor.name for tensor in specs]
+    found = [tensor.name for tensor in actual]
+    if expected != found:
+        return [f"{side}s are {found}, expected {expected}"]
+    return [
+        problem
+        for spec, tensor in zip(specs, actual, strict=True)
+        for problem in _tensor_differences(side, spec, tensor)
+    ]
+
+
+def _tensor_differences(side: str, spec: TensorSpec, actual: Any) -> Iterator[str]:
+    if (dtype := DTYPES.get(actual.type, actual.type)) != spec.dtype:
+        yield f"{side} {spec.name} is {dtype}, expected {spec.dtype}"
+    if tuple(actual.shape) != spec.axes:
+        yield f"{side} {spec.name} has axes {list(actual.shape)}, expected {list(spec.axes)}"
+
+
+def available_threads(root: Path = Path("/")) -> int:
+    """How many threads can run at once: the processors this process may use, cut to the container's CPU quota.
+
+    ONNX Runtime counts the host's processors instead and would start too many. `root` is where /proc and /sys are.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [quota for quota in _quotas(root) if quota is not None]
+    return max(1, min([affinity, *(int(quota) for quota in quotas)]))
+
+
+def _quotas(root: Path) -> Iterator[float | None]:
+    """CPU quotas, in processors, of this process's cgroup and of those above it; None where there is no limit."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            yield from (_quota_v2(group) for group in _upwards(root / "sys/fs/cgroup", path))
+        elif "cpu" in controllers.split(","):
+            yield from (_quota_v1(group) for group in _upwards(root / "sys/fs/cgroup/cpu", path))
+
+
+def _upwards(mount: Path, path: str) -> list[Path]:
+    """The directories of a cgroup and its parents. Inside a container only the mount itself may be visible."""
+    group = mount / path.lstrip("/")
+    return [group, *(parent for parent in group.parents if parent.is_relative_to(mount))]
+
+
+def _quota_v2(group: Path) -> float | None:
+    fields = _read(group / "cpu.max").split()  # "150000 100000" or "max 100000", microseconds
+    return int(fields[0]) / int(fields[1]) if len(fields) == 2 and fields[0] != "max" else None
+
+
+def _quota_v1(group: Path) -> float | None:
+    quota, period = _read(group / "cpu.cfs_quota_us").strip(), _read(group / "cpu.cfs_period_us").strip()
+    return int(quota) / int(period) if quota and period and int(quota) > 0 else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def runtime_facts() -> dict[str, str]:
+    """For build information: the runtime's version and what it can run on."""
+    return {
+        "onnxruntime": ort.__version__,
+        "numpy": np.__version__,
+        "providers": ",".join(ort.get_available_providers()),
+    }

@@ -1,0 +1,157 @@
+"""service.worker.session: interface checks, providers, threads and quotas, on a graph of one operator."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from service.errors import BundleError, ConfigError
+from service.worker import session as session_module
+from service.worker.bundle import GraphSpec, TensorSpec
+from service.worker.session import Session, available_provider, available_threads, runtime_facts
+
+SPEC = GraphSpec(
+    file="double.onnx",
+    inputs=(TensorSpec(name="x", dtype="float32", axes=("rows", 2)),),
+    outputs=(TensorSpec(name="y", dtype="float32", axes=("rows", 2)),),
+)
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    """y = x + x."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 2]) for name in ("x", "y"))
+    made = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "double", [x], [y])
+    path = tmp_path / SPEC.file
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def spec_with(side: str, **changes: Any) -> GraphSpec:
+    tensor = TensorSpec(
+        **({"name": "x" if side == "inputs" else "y", "dtype": "float32", "axes": ("rows", 2)} | changes)
+    )
+    sides = {"inputs": SPEC.inputs, "outputs": SPEC.outputs} | {side: (tensor,)}
+    return GraphSpec(file=SPEC.file, **sides)
+
+
+def test_runs_any_number_of_rows(graph: Path) -> None:
+    session = Session(graph, SPEC)
+    for num_rows in (1, 3):
+        x = np.arange(2 * num_rows, dtype=np.float32).reshape(num_rows, 2)
+        (y,) = session.run({"x": x})
+        np.testing.assert_array_equal(y, x + x)
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "z"}, r"\['z'\]"),
+        ({"dtype": "int64"}, "is float32, expected int64"),
+        ({"axes": ("rows", 3)}, r"has axes \['rows', 2\], expected \['rows', 3\]"),
+        ({"axes": (8, 2)}, r"expected \[8, 2\]"),
+        ({"axes": ("rows",)}, r"expected \['rows'\]"),
+    ],
+)
+def test_a_graph_that_is_not_what_the_manifest_says_is_refused(
+    graph: Path, side: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        Session(graph, spec_with(side, **changes))
+
+
+def test_a_broken_graph_is_a_bundle_error_that_names_it(graph: Path) -> None:
+    graph.write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match=r"double.onnx cannot be loaded by ONNX Runtime"):
+        Session(graph, SPEC)
+
+
+def test_an_unknown_provider_is_refused() -> None:
+    with pytest.raises(ConfigError, match="provider is 'tpu', it must be one of cpu, cuda"):
+        available_provider("tpu", fallback=True)
+
+
+def test_a_provider_that_is_not_installed_is_refused_unless_fallback_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session_module.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ConfigError, match="provider 'cuda' is not in the installed onnxruntime"):
+        available_provider("cuda", fallback=False)
+    assert available_provider("cuda", fallback=True) == "cpu"
+    assert available_provider("cpu", fallback=False) == "cpu"
+
+
+def test_a_provider_that_cannot_start_is_refused_unless_fallback_is_allowed(
+    graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime lists CUDA as soon as it is compiled in, and quietly runs on the CPU where there is no driver."""
+    monkeypatch.setattr(session_module.ort, "get_available_providers", lambda: list(session_module.PROVIDERS.values()))
+    monkeypatch.setattr(session_module, "_with_cpu", lambda provider: ["CPUExecutionProvider"])
+    with pytest.raises(ConfigError, match="provider 'cuda' could not start"):
+        Session(graph, SPEC, provider="cuda")
+    assert Session(graph, SPEC, provider="cuda", fallback=True).provider == "cpu"
+
+
+def test_norm_fusion_stays_off(tmp_path: Path) -> None:
+    """Together they are seven times slower than apart; see session.DISABLED_OPTIMIZERS."""
+    assert "SkipLayerNormFusion" in session_module.DISABLED_OPTIMIZERS
+
+
+def limited(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
+V1 = {"proc/self/cgroup": "4:memory:/\n3:cpu,cpuacct:/docker/abc\n"}
+QUOTAS = {
+    "none": ({}, 8),
+    "v2 without limit": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
+    "v2 three": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3),
+    "v2 two and a half": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 2),
+    "v2 half": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+    "v2 limit of a parent": (
+        {
+            "proc/self/cgroup": "0::/pod/box\n",
+            "sys/fs/cgroup/pod/box/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/pod/cpu.max": "200000 100000\n",
+        },
+        2,
+    ),
+    "v2 seen from inside": ({"proc/self/cgroup": "0::/pod/box\n", "sys/fs/cgroup/cpu.max": "100000 100000\n"}, 1),
+    "v1 two": (
+        V1
+        | {
+            "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us": "200000\n",
+            "sys/fs/cgroup/cpu/docker/abc/cpu.cfs_period_us": "100000\n",
+        },
+        2,
+    ),
+    "v1 without limit": (
+        V1 | {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"},
+        8,
+    ),
+    "more than the affinity": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "6400000 100000\n"}, 8),
+}
+
+
+@pytest.mark.parametrize("case", QUOTAS)
+def test_threads_are_the_affinity_cut_to_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    files, expected = QUOTAS[case]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert available_threads(limited(tmp_path, files)) == expected
+
+
+def test_threads_of_this_machine_are_at_least_one() -> None:
+    assert 1 <= available_threads() <= len(os.sched_getaffinity(0))
+
+
+def test_runtime_facts_name_the_version() -> None:
+    assert runtime_facts()["onnxruntime"] == session_module.ort.__version__
