@@ -1,0 +1,12 @@
+"""gRPC <-> domain, in the order a request meets the files.
+
+server.py      the process's gRPC port: finds each call's method, and drains
+methods.py     what a method is, whatever carries it
+inference.py   attnd.v1.Inference: Classify, ClassifyStream, ListModels over a Backend
+health.py      grpc.health.v1.Health
+reflection.py  grpc.reflection.v1 and v1alpha
+codec.py       protobuf <-> domain
+errors.py      the exception tree <-> status codes with google.rpc details
+client.py      RemoteBackend: the seam again, answered by workers
+pb/            generated from proto/ by `make proto`; never edited
+"""

@@ -1,0 +1,258 @@
+"""RemoteBackend against workers on real sockets: errors, deadlines, cancellation, several workers, dead ones."""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fakes import MODEL, FakeBackend, until
+
+from service.config import Settings
+from service.domain import Call, ClassifyRequest, TextInput
+from service.errors import (
+    AttndError,
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
+from service.metrics import Metrics
+from service.observed import Observed
+from service.rpc.client import RemoteBackend
+from service.rpc.server import RpcServer
+
+REQUEST = ClassifyRequest(input=(TextInput("a fine film"),))
+ERRORS = [
+    InvalidRequest("top_k: at least 1, got 0", param="top_k"),
+    TooLarge("at most 3 inputs, got 4", param="input"),
+    NotFound("no model 'nope'", param="model", code="special"),
+    Unauthenticated("the API key is missing"),
+    Unsupported("'chat' cannot classify", param="model"),
+    Overloaded("the queue is full (8)", retry_after_s=1.25),
+    DeadlineExceeded("the deadline passed after 1.000 s"),
+    Cancelled("the caller has gone"),
+    Unavailable("the models are being loaded", retry_after_s=0.5, code="loading"),
+    EngineFailed("the engine has failed: ü%\n"),
+]
+
+
+def call(seconds: float = 10.0, request_id: str = "trace-1") -> Call:
+    return Call(request_id, "/v1/classify", time.monotonic() + seconds)
+
+
+class Workers:
+    """Starts workers, each over a backend of its own."""
+
+    def __init__(self) -> None:
+        self._servers: list[RpcServer] = []
+        self._remotes: list[RemoteBackend] = []
+
+    async def start(self, backend: FakeBackend, **settings: Any) -> str:
+        """The address of a new worker over `backend`."""
+        chosen = Settings(**{"grpc_port": 0, "drain_timeout": 0.1} | settings)
+        server = RpcServer(Observed(backend, Metrics(chosen.latency_buckets, {})), chosen)
+        self._servers.append(server)
+        return f"127.0.0.1:{await server.start()}"
+
+    def remote(self, *addresses: str, **settings: Any) -> RemoteBackend:
+        self._remotes.append(RemoteBackend(addresses, Settings(**settings)))
+        return self._remotes[-1]
+
+    async def stop(self, number: int) -> None:
+        await self._servers[number].stop()
+
+    async def aclose(self) -> None:
+        await asyncio.gather(*(remote.aclose() for remote in self._remotes))
+        await asyncio.gather(*(server.stop() for server in self._servers))
+
+
+@pytest.fixture
+async def workers() -> AsyncIterator[Workers]:
+    started = Workers()
+    yield started
+    await started.aclose()
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+async def test_every_error_arrives_as_it_was_raised(workers: Workers, backend: FakeBackend, error: AttndError) -> None:
+    backend.error = error
+    remote = workers.remote(await workers.start(backend))
+    with pytest.raises(AttndError) as caught:
+        await remote.classify(REQUEST, call())
+    assert type(caught.value) is type(error)
+    assert vars(caught.value) | {"code": caught.value.code} == vars(error) | {"code": error.code}
+
+
+async def test_the_request_id_and_the_deadline_travel(workers: Workers, backend: FakeBackend) -> None:
+    remote = workers.remote(await workers.start(backend))
+    asked = call(5.0, "trace:42")
+    await remote.classify(REQUEST, asked)
+    (arrived,) = backend.calls
+    assert arrived.request_id == "trace:42"
+    assert abs(arrived.deadline - asked.deadline) < 0.5
+    assert backend.requests == [REQUEST]
+
+
+async def test_a_deadline_that_passes_at_the_worker(workers: Workers, backend: FakeBackend) -> None:
+    backend.hold()
+    remote = workers.remote(await workers.start(backend))
+    with pytest.raises(DeadlineExceeded):
+        await remote.classify(REQUEST, call(0.1))
+    await until(lambda: backend.num_cancelled == 1)
+
+
+async def test_a_deadline_that_has_passed_asks_nobody(workers: Workers, backend: FakeBackend) -> None:
+    remote = workers.remote(await workers.start(backend))
+    with pytest.raises(DeadlineExceeded):
+        await remote.classify(REQUEST, call(-1.0))
+    assert backend.requests == []
+
+
+async def test_cancelling_reaches_the_worker(workers: Workers, backend: FakeBackend) -> None:
+    backend.hold()
+    remote = workers.remote(await workers.start(backend))
+    task = asyncio.create_task(remote.classify(REQUEST, call()))
+    await until(lambda: backend.num_waiting == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: backend.num_cancelled == 1)
+
+
+async def test_the_api_key_is_sent(workers: Workers, backend: FakeBackend) -> None:
+    address = await workers.start(backend, api_key="sesame")
+    assert (await workers.remote(address, api_key="sesame").models()) == [MODEL]
+    with pytest.raises(Unauthenticated):
+        await workers.remote(address, api_key="wrong").classify(REQUEST, call())
+
+
+async def test_no_worker_is_a_wrong_setting() -> None:
+    with pytest.raises(ConfigError, match="at least"):
+        RemoteBackend((), Settings())
+
+
+async def test_nobody_there_is_unavailable(workers: Workers) -> None:
+    remote = workers.remote(free_address(), free_address())
+    with pytest.raises(Unavailable):
+        await remote.models()
+    with pytest.raises(Unavailable):
+        await remote.classify(REQUEST, call())
+
+
+async def test_a_worker_that_is_not_ready_is_unavailable(workers: Workers, backend: FakeBackend) -> None:
+    backend.unready = Unavailable("the models are being loaded", code="loading")
+    remote = workers.remote(await workers.start(backend))
+    with pytest.raises(Unavailable, match="being loaded"):
+        await remote.models()
+
+
+async def test_a_worker_that_never_answers_is_unavailable(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.rpc.client.MODELS_TIMEOUT_S", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        remote = workers.remote(f"127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(Unavailable):
+            await remote.models()
+
+
+async def test_a_worker_that_comes_back_is_used_again(workers: Workers, backend: FakeBackend) -> None:
+    address = await workers.start(backend)
+    remote = workers.remote(address)
+    assert await remote.models() == [MODEL]
+    await workers.stop(0)
+    with pytest.raises(Unavailable):
+        await remote.models()
+    await workers.start(backend, grpc_port=int(address.rsplit(":", 1)[1]))
+
+    async with asyncio.timeout(10):
+        for _ in range(500):
+            with suppress(Unavailable):
+                assert await remote.models() == [MODEL]
+                return
+            await asyncio.sleep(0.02)
+    pytest.fail("the worker that came back was never asked again")
+
+
+async def test_models_are_those_of_all_workers(workers: Workers) -> None:
+    first, second = FakeBackend(), FakeBackend()
+    second.served = [replace(MODEL, id="topic"), MODEL]
+    remote = workers.remote(await workers.start(first), await workers.start(second), free_address())
+    assert [model.id for model in await remote.models()] == ["sentiment", "topic"]
+
+
+async def test_a_request_finds_the_worker_that_has_its_model(workers: Workers) -> None:
+    first, second = FakeBackend(), FakeBackend()
+    second.served = [replace(MODEL, id="topic")]
+    remote = workers.remote(await workers.start(first), await workers.start(second))
+    for _ in range(4):
+        assert (await remote.classify(replace(REQUEST, model="topic"), call())).model == "topic"
+    with pytest.raises(NotFound):
+        await remote.classify(replace(REQUEST, model="nope"), call())
+
+
+async def test_workers_share_the_requests(workers: Workers) -> None:
+    backends = [FakeBackend(), FakeBackend()]
+    remote = workers.remote(*[await workers.start(each) for each in backends])
+    for _ in range(10):
+        await remote.classify(REQUEST, call())
+    assert [len(each.requests) for each in backends] == [5, 5]
+
+
+async def test_the_least_busy_worker_is_asked(workers: Workers) -> None:
+    backends = [FakeBackend(), FakeBackend()]
+    remote = workers.remote(*[await workers.start(each) for each in backends])
+    backends[0].hold()
+    held = asyncio.create_task(remote.classify(REQUEST, call()))
+    await until(lambda: backends[0].num_waiting == 1)
+    for _ in range(10):
+        await remote.classify(REQUEST, call())
+    assert len(backends[0].requests) == 1
+    backends[0].release()
+    await held
+
+
+async def test_a_worker_that_dies_costs_no_request(workers: Workers) -> None:
+    backends = [FakeBackend(), FakeBackend()]
+    remote = workers.remote(*[await workers.start(each) for each in backends])
+    for each in backends:
+        each.hold()
+    open_requests = [asyncio.create_task(remote.classify(REQUEST, call())) for _ in range(10)]
+    await until(lambda: all(each.num_waiting == 5 for each in backends))
+    await workers.stop(0)
+    backends[1].release()
+    results = await asyncio.gather(*open_requests)
+    assert [result.model for result in results] == ["sentiment"] * 10
+    assert (await remote.classify(REQUEST, call())).model == "sentiment"
+
+
+async def test_an_overload_is_not_tried_elsewhere(workers: Workers) -> None:
+    backends = [FakeBackend(error=Overloaded("full")), FakeBackend(error=Overloaded("full"))]
+    remote = workers.remote(*[await workers.start(each) for each in backends])
+    with pytest.raises(Overloaded):
+        await remote.classify(REQUEST, call())
+    assert sum(len(each.requests) for each in backends) == 1
+
+
+async def test_after_aclose_nothing_is_asked(workers: Workers, backend: FakeBackend) -> None:
+    remote = workers.remote(await workers.start(backend))
+    await remote.aclose()
+    with pytest.raises(Unavailable):
+        await remote.classify(REQUEST, call())

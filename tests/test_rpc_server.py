@@ -1,0 +1,443 @@
+"""The gRPC port over real sockets, asked by gRPC's own client."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import pytest
+from fakes import MODEL, FakeBackend, fake_scores, until
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+from service.config import Settings
+from service.domain import TextInput
+from service.errors import Overloaded, Unavailable
+from service.metrics import Metrics
+from service.observed import Observed
+from service.rpc.pb.attnd.v1 import inference_pb2 as pb
+from service.rpc.server import RpcServer
+
+SERVICE = "attnd.v1.Inference"
+LIMIT = 4096
+
+
+class Running:
+    """A started server, its metrics, and one channel to it."""
+
+    def __init__(self, server: RpcServer, metrics: Metrics, port: int) -> None:
+        self.server, self.metrics, self.port = server, metrics, port
+        self.channel: Any = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+
+    def classify(self, *texts: str, **options: Any) -> Any:
+        return self.send(pb.ClassifyRequest(inputs=[pb.TextInput(text=text) for text in texts]), **options)
+
+    def send(self, message: Any, **options: Any) -> Any:
+        data = message if isinstance(message, bytes) else message.SerializeToString()
+        method = self.channel.unary_unary(f"/{SERVICE}/Classify", None, pb.ClassifyResponse.FromString)
+        return method(data, timeout=options.pop("timeout", 10), **options)
+
+    def stream(self, messages: AsyncIterator[Any] | None = None, **options: Any) -> Any:
+        method = self.channel.stream_stream(
+            f"/{SERVICE}/ClassifyStream",
+            lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
+            pb.ClassifyStreamResponse.FromString,
+        )
+        return method(messages, timeout=options.pop("timeout", 10), **options)
+
+    def count(self, route: str, outcome: str) -> float:
+        """How many requests ended like this, for all models."""
+        samples = [sample for metric in self.metrics.registry.collect() for sample in metric.samples]
+        wanted = {"route": f"/{SERVICE}/{route}", "outcome": outcome}
+        return sum(
+            sample.value
+            for sample in samples
+            if sample.name == "attnd_request_seconds_count" and wanted.items() <= sample.labels.items()
+        )
+
+
+Start = Callable[..., Awaitable[Running]]
+
+
+@pytest.fixture
+async def start(backend: FakeBackend) -> AsyncIterator[Start]:
+    """Starts a server over `backend` with the given settings."""
+    started: list[Running] = []
+
+    async def start_one(**settings: Any) -> Running:
+        chosen = Settings(**{"grpc_port": 0, "max_body_bytes": LIMIT, "drain_timeout": 0.2} | settings)
+        metrics = Metrics(chosen.latency_buckets, {})
+        server = RpcServer(Observed(backend, metrics), chosen)
+        started.append(Running(server, metrics, await server.start()))
+        return started[-1]
+
+    yield start_one
+    backend.release()
+    for running in started:
+        await running.channel.close()
+        await running.server.stop()
+
+
+@pytest.fixture
+async def running(start: Start) -> Running:
+    return await start()
+
+
+def request(text: str) -> pb.ClassifyStreamRequest:
+    return pb.ClassifyStreamRequest(request=pb.ClassifyRequest(inputs=[pb.TextInput(text=text)]))
+
+
+async def failure_of(call: Any) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+def details_of(failure: grpc.aio.AioRpcError) -> Status:
+    return Status.FromString(dict(failure.trailing_metadata() or ())["grpc-status-details-bin"])
+
+
+async def test_classify_answers_with_scores_usage_and_timing(running: Running) -> None:
+    reply = await running.classify("a fine film", "a dull one")
+    assert reply.model == MODEL.id
+    expected = [
+        [(score.label, score.score) for score in fake_scores(TextInput(text))] for text in ("a fine film", "a dull one")
+    ]
+    assert [[(score.label, score.score) for score in row.scores] for row in reply.results] == expected
+    assert (reply.usage.prompt_tokens, reply.usage.truncated) == (10, 0)
+    assert reply.timing.total_seconds == 0.0051
+    assert running.count("Classify", "ok") == 1
+
+
+async def test_every_field_reaches_the_backend(running: Running, backend: FakeBackend) -> None:
+    await running.send(
+        pb.ClassifyRequest(
+            inputs=[pb.TextInput(text="a", text_pair="b")],
+            model="sentiment",
+            top_k=1,
+            function_to_apply=pb.FUNCTION_TO_APPLY_SIGMOID,
+            truncate=False,
+        )
+    )
+    (asked,) = backend.requests
+    assert asked.input == (TextInput("a", "b"),)
+    assert (asked.model, asked.top_k, asked.function_to_apply, asked.truncate) == ("sentiment", 1, "sigmoid", False)
+
+
+async def test_the_request_id_is_the_callers(running: Running, backend: FakeBackend) -> None:
+    call = running.classify("a", metadata=(("x-request-id", "trace:7.b_c-d"),))
+    assert dict(await call.initial_metadata())["x-request-id"] == "trace:7.b_c-d"
+    await call
+    assert backend.calls[0].request_id == "trace:7.b_c-d"
+
+
+@pytest.mark.parametrize("given", [(), (("x-request-id", "not ok!"),), (("x-request-id", "x" * 129),)])
+async def test_an_unfit_request_id_is_replaced(running: Running, backend: FakeBackend, given: Any) -> None:
+    call = running.classify("a", metadata=given)
+    request_id = dict(await call.initial_metadata())["x-request-id"]
+    await call
+    assert backend.calls[0].request_id == request_id
+    assert len(request_id) == 32
+
+
+async def test_the_callers_deadline_reaches_the_backend(running: Running, backend: FakeBackend) -> None:
+    before = time.monotonic()
+    await running.classify("a", timeout=5)
+    deadline = backend.calls[0].deadline
+    assert before < deadline < time.monotonic() + 5.5  # the client rounds up a little
+
+
+@pytest.mark.parametrize("own_s", [None, 1000])
+async def test_the_request_timeout_bounds_every_deadline(start: Start, backend: FakeBackend, own_s: Any) -> None:
+    running = await start(request_timeout=30)
+    await running.classify("a", timeout=own_s)
+    assert backend.calls[0].deadline <= time.monotonic() + 30
+
+
+async def test_a_call_past_its_deadline_is_abandoned(running: Running, backend: FakeBackend) -> None:
+    backend.hold()
+    failure = await failure_of(running.classify("a", timeout=0.1))
+    assert failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: backend.num_cancelled == 1)
+
+
+async def test_a_cancelled_call_is_abandoned(running: Running, backend: FakeBackend) -> None:
+    backend.hold()
+    call = running.classify("a")
+    await until(lambda: backend.num_waiting == 1)
+    call.cancel()
+    await until(lambda: backend.num_cancelled == 1)
+    await until(lambda: running.count("Classify", "cancelled") == 1)
+
+
+async def test_a_caller_that_vanishes_is_abandoned(running: Running, backend: FakeBackend) -> None:
+    backend.hold()
+    call = running.classify("a")
+    await until(lambda: backend.num_waiting == 1)
+    await running.channel.close()
+    await until(lambda: backend.num_cancelled == 1)
+    assert call.done()
+
+
+async def test_an_invalid_value_is_an_invalid_argument(running: Running) -> None:
+    failure = await failure_of(running.send(pb.ClassifyRequest()))
+    assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
+    info, violations = ErrorInfo(), BadRequest()
+    status = details_of(failure)
+    assert status.details[0].Unpack(info)
+    assert status.details[1].Unpack(violations)
+    assert (info.reason, info.metadata["param"]) == ("invalid_request", "input")
+    assert violations.field_violations[0].field == "input"
+    assert status.message == failure.details()
+    assert running.count("Classify", "invalid") == 1
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 9, b"\x0a\x04\x0a\x02\xff\xfe"])
+async def test_garbage_is_an_invalid_argument_and_is_counted(running: Running, garbage: bytes) -> None:
+    failure = await failure_of(running.send(garbage))
+    assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert running.count("Classify", "invalid") == 1
+
+
+async def test_a_message_over_the_limit_is_out_of_range(running: Running) -> None:
+    failure = await failure_of(running.classify("x" * 100_000))
+    assert failure.code() is grpc.StatusCode.OUT_OF_RANGE
+    assert f"{LIMIT} bytes" in failure.details()
+    assert running.count("Classify", "invalid") == 1
+    assert (await running.classify("x")).model == MODEL.id
+
+
+async def test_an_overload_says_when_to_come_back(running: Running, backend: FakeBackend) -> None:
+    backend.error = Overloaded("the queue is full (8)", retry_after_s=1.5)
+    failure = await failure_of(running.classify("a"))
+    assert failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    retry = RetryInfo()
+    assert details_of(failure).details[1].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 1500
+
+
+async def test_a_bug_is_internal_and_keeps_its_secrets(running: Running, backend: FakeBackend) -> None:
+    backend.error = ZeroDivisionError("password is hunter2")
+    failure = await failure_of(running.classify("a"))
+    assert failure.code() is grpc.StatusCode.INTERNAL
+    assert "hunter2" not in failure.details()
+    assert running.count("Classify", "error") == 1
+
+
+async def test_an_unknown_method_is_unimplemented(running: Running) -> None:
+    method = running.channel.unary_unary(f"/{SERVICE}/Nothing")
+    assert (await failure_of(method(b"", timeout=10))).code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("given", [(), (("authorization", "Bearer wrong"),), (("authorization", "sesame"),)])
+async def test_a_wrong_key_is_unauthenticated(start: Start, backend: FakeBackend, given: Any) -> None:
+    running = await start(api_key="sesame")
+    assert (await failure_of(running.classify("a", metadata=given))).code() is grpc.StatusCode.UNAUTHENTICATED
+    list_models = running.channel.unary_unary(f"/{SERVICE}/ListModels")
+    assert (await failure_of(list_models(b"", metadata=given))).code() is grpc.StatusCode.UNAUTHENTICATED
+    stream = running.stream(metadata=given)
+    assert (await failure_of(stream.read())).code() is grpc.StatusCode.UNAUTHENTICATED
+    assert backend.requests == []
+    assert running.count("Classify", "invalid") == 1
+    assert running.count("ClassifyStream", "invalid") == 1
+
+
+async def test_the_right_key_opens(start: Start) -> None:
+    running = await start(api_key="sesame")
+    metadata = (("authorization", "Bearer sesame"),)
+    assert (await running.classify("a", metadata=metadata)).model == MODEL.id
+
+
+async def test_health_needs_no_key(start: Start) -> None:
+    running = await start(api_key="sesame")
+    assert await check(running, "") == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_list_models_tells_the_facts(running: Running) -> None:
+    method = running.channel.unary_unary(f"/{SERVICE}/ListModels", None, pb.ListModelsResponse.FromString)
+    (model,) = (await method(b"", timeout=10)).models
+    assert (model.id, model.task, model.created) == (MODEL.id, MODEL.task, MODEL.created)
+    assert list(model.facts["labels"]) == MODEL.facts["labels"]
+
+
+async def test_a_stream_answers_in_order(running: Running) -> None:
+    texts = [f"text {i}" for i in range(1000)]
+
+    async def messages() -> AsyncIterator[Any]:
+        for text in texts:
+            yield request(text)
+
+    labels = [reply.response.results[0].scores[0].label async for reply in running.stream(messages())]
+    assert labels == [fake_scores(TextInput(text))[0].label for text in texts]
+    assert running.count("ClassifyStream", "ok") == 1000
+
+
+async def test_requests_of_a_stream_are_open_at_once(running: Running, backend: FakeBackend) -> None:
+    backend.hold()
+    stream = running.stream()
+    for i in range(50):
+        await stream.write(request(f"text {i}"))
+    await until(lambda: backend.num_waiting == 50)
+    backend.release()
+    await stream.done_writing()
+    assert len([reply async for reply in stream]) == 50
+
+
+async def test_a_stream_opens_no_more_than_its_window(running: Running, backend: FakeBackend) -> None:
+    backend.hold()
+
+    async def messages() -> AsyncIterator[Any]:
+        for i in range(300):
+            yield request(f"text {i}")
+
+    stream = running.stream(messages())
+    await until(lambda: backend.num_waiting == 256)
+    await asyncio.sleep(0.05)
+    assert backend.num_waiting == 256
+    backend.release()
+    assert len([reply async for reply in stream]) == 300
+
+
+async def test_an_error_in_a_stream_is_the_reply_to_its_request_alone(running: Running, backend: FakeBackend) -> None:
+    sent = [
+        request("first"),
+        pb.ClassifyStreamRequest(),
+        pb.ClassifyStreamRequest(request=pb.ClassifyRequest(inputs=[pb.TextInput(text="a")], model="nope")),
+        b"\xff",
+        request("x" * 100_000),
+        request("last"),
+    ]
+
+    async def messages() -> AsyncIterator[Any]:
+        for message in sent:
+            yield message
+
+    replies = [reply async for reply in running.stream(messages())]
+    outcomes = [reply.error.code or reply.response.model for reply in replies]
+    assert outcomes == [
+        "sentiment", "invalid_request", "model_not_found", "invalid_protobuf", "too_large", "sentiment",
+    ]  # fmt: skip
+    assert replies[1].error.status == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert replies[1].error.param == "input"
+    assert running.count("ClassifyStream", "ok") == 2
+    assert running.count("ClassifyStream", "invalid") == 4
+
+
+async def test_a_bug_in_a_stream_is_a_reply_too(running: Running, backend: FakeBackend) -> None:
+    backend.error = ZeroDivisionError("hunter2")
+    stream = running.stream()
+    await stream.write(request("a"))
+    reply = await stream.read()
+    assert (reply.error.code, reply.error.message) == ("engine_failed", "internal error")
+    backend.error = None
+    await stream.write(request("a"))
+    assert (await stream.read()).response.model == MODEL.id
+
+
+async def test_each_request_of_a_stream_has_an_id(running: Running, backend: FakeBackend) -> None:
+    stream = running.stream(metadata=(("x-request-id", "trace"),))
+    for _ in range(2):
+        await stream.write(request("a"))
+        await stream.read()
+    assert [call.request_id for call in backend.calls] == ["trace.0", "trace.1"]
+
+
+async def test_a_cancelled_stream_abandons_what_is_open(running: Running, backend: FakeBackend) -> None:
+    backend.hold()
+    stream = running.stream()
+    for i in range(5):
+        await stream.write(request(f"text {i}"))
+    await until(lambda: backend.num_waiting == 5)
+    stream.cancel()
+    await until(lambda: backend.num_cancelled == 5)
+    assert running.count("ClassifyStream", "cancelled") == 5
+
+
+async def check(running: Running, service: str) -> int:
+    method = running.channel.unary_unary(
+        "/grpc.health.v1.Health/Check", None, health_pb2.HealthCheckResponse.FromString
+    )
+    message = health_pb2.HealthCheckRequest(service=service)
+    return (await method(message.SerializeToString(), timeout=10)).status
+
+
+def watch(running: Running, service: str) -> Any:
+    method = running.channel.unary_stream(
+        "/grpc.health.v1.Health/Watch", None, health_pb2.HealthCheckResponse.FromString
+    )
+    return method(health_pb2.HealthCheckRequest(service=service).SerializeToString(), timeout=20)
+
+
+@pytest.mark.parametrize("service", ["", SERVICE])
+async def test_health_follows_readiness(running: Running, backend: FakeBackend, service: str) -> None:
+    assert await check(running, service) == health_pb2.HealthCheckResponse.SERVING
+    backend.unready = Unavailable("loading")
+    assert await check(running, service) == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_health_does_not_know_every_service(running: Running) -> None:
+    assert (await failure_of(check(running, "no.Such"))).code() is grpc.StatusCode.NOT_FOUND
+    assert (await watch(running, "no.Such").read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+async def test_health_lists_every_service(running: Running) -> None:
+    method = running.channel.unary_unary("/grpc.health.v1.Health/List", None, health_pb2.HealthListResponse.FromString)
+    statuses = (await method(b"", timeout=10)).statuses
+    assert {name: status.status for name, status in statuses.items()} == {"": 1, SERVICE: 1}
+
+
+async def test_a_watcher_sees_every_change(running: Running, backend: FakeBackend) -> None:
+    backend.unready = Unavailable("loading")
+    watching = watch(running, SERVICE)
+    assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    backend.unready = None
+    assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_describes_the_service(running: Running, version: str) -> None:
+    method = running.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    call = method(timeout=10)
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    names = {service.name for service in (await call.read()).list_services_response.service}
+    assert {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"} <= names
+    await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE))
+    files = (await call.read()).file_descriptor_response.file_descriptor_proto
+    assert pb.DESCRIPTOR.serialized_pb in files
+    await call.done_writing()
+
+
+async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(start: Start, backend: FakeBackend) -> None:
+    running = await start(drain_timeout=10)
+    backend.hold()
+    watching = watch(running, "")
+    assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+    accepted = running.classify("accepted")
+    stream = running.stream()
+    await stream.write(request("accepted too"))
+    await until(lambda: backend.num_waiting == 2)
+    stopping = asyncio.create_task(running.server.stop())
+    assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (await failure_of(running.classify("refused"))).code() is grpc.StatusCode.UNAVAILABLE
+    backend.release()
+    assert (await accepted).model == MODEL.id
+    assert (await stream.read()).response.model == MODEL.id
+    assert (await failure_of(stream.read())).code() is grpc.StatusCode.UNAVAILABLE
+    await stopping
+
+
+async def test_draining_does_not_wait_for_ever(start: Start, backend: FakeBackend) -> None:
+    running = await start(drain_timeout=0.1)
+    backend.hold()
+    call = running.classify("stuck")
+    await until(lambda: backend.num_waiting == 1)
+    await running.server.stop()
+    await until(lambda: backend.num_cancelled == 1)
+    assert (await failure_of(call)).code() is grpc.StatusCode.UNAVAILABLE
