@@ -1,0 +1,210 @@
+"""The command line and the composition root: the one place that knows which parts make up a process.
+
+`serve` is gateway and gRPC over the models in this process, `worker` gRPC over them, `gateway` HTTP over workers.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from service.config import Settings, add_flags, load_settings
+from service.errors import AttndError, ConfigError
+from service.logs import configure_logging
+from service.metrics import Metrics
+from service.observed import Observed
+
+GIL_SWITCH_SECONDS = 0.0005  # engine threads hand back results while the event loop is busy; the default is 5 ms
+
+_COMMON = ("host", "request_timeout", "drain_timeout", "max_body_bytes", "api_key", "latency_buckets")
+_LOGS = ("log_level", "log_requests")
+_WORK = (
+    "models",
+    "provider",
+    "provider_fallback",
+    "threads",
+    "max_batch_tokens",
+    "max_queue",
+    "max_inputs",
+)
+_FLAGS = {
+    "serve": ("http_port", "grpc_port", *_COMMON, *_WORK, *_LOGS),
+    "worker": ("grpc_port", "metrics_port", *_COMMON, *_WORK, *_LOGS),
+    "gateway": ("worker", "http_port", *_COMMON, *_LOGS),
+    "models": ("models",),
+}
+_HELP = {
+    "serve": "HTTP and gRPC over the models, in one process",
+    "worker": "gRPC over the models, for gateways in other processes",
+    "gateway": "HTTP over workers: --worker HOST:PORT[,HOST:PORT...]",
+    "models": "check the bundles and print what is known about each, as JSON",
+}
+
+
+def package_version() -> str:
+    try:
+        return version("attnd")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="attnd",
+        description="Serve transformers from ONNX over REST and gRPC.",
+        epilog="Every flag can be given as a variable, ATTND_ and its name in capitals; the flag wins.",
+    )
+    parser.add_argument("--version", action="version", version=f"attnd {package_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, flags in _FLAGS.items():
+        add_flags(commands.add_parser(name, help=_HELP[name], description=_HELP[name], allow_abbrev=False), flags)
+    return parser
+
+
+# What each command imports is imported by that command: a gateway carries no ONNX Runtime, a worker no web framework.
+
+Stop = Callable[[], Awaitable[None]]
+
+_log = logging.getLogger("attnd")
+
+
+def _make_metrics(settings: Settings) -> Metrics:
+    return Metrics(settings.latency_buckets, {"version": package_version()})
+
+
+async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -> Stop:
+    from service.gateway.app import create_app
+    from service.gateway.server import HttpServer
+
+    server = HttpServer(create_app(backend, metrics, settings), settings, port=settings.http_port)
+    port = await server.start()
+    _log.info("HTTP on http://%s:%d", settings.host, port)
+    return server.stop
+
+
+async def _start_rpc(backend: Observed, settings: Settings) -> Stop:
+    from service.rpc.server import RpcServer
+
+    server = RpcServer(backend, settings)
+    port = await server.start()
+    _log.info("gRPC on %s:%d", settings.host, port)
+    return server.stop
+
+
+async def _start_status(backend: Observed, metrics: Metrics, settings: Settings) -> Stop:
+    from service.status import StatusServer
+
+    server = StatusServer(backend, metrics, host=settings.host, port=settings.metrics_port)
+    _log.info("health and metrics on http://%s:%d", settings.host, server.start())
+    return server.stop
+
+
+async def _serve(settings: Settings) -> None:
+    from service.worker.load import load_classifiers
+    from service.worker.local import LocalBackend
+
+    metrics = _make_metrics(settings)
+    local = LocalBackend(lambda: load_classifiers(settings, metrics), drain_timeout_s=settings.drain_timeout)
+    backend = Observed(local, metrics, log_requests=settings.log_requests)
+    edges = [await _start_http(backend, metrics, settings), await _start_rpc(backend, settings)]
+    await _run(backend, edges, local.start)
+
+
+async def _worker(settings: Settings) -> None:
+    from service.worker.load import load_classifiers
+    from service.worker.local import LocalBackend
+
+    metrics = _make_metrics(settings)
+    local = LocalBackend(lambda: load_classifiers(settings, metrics), drain_timeout_s=settings.drain_timeout)
+    backend = Observed(local, metrics, log_requests=settings.log_requests)
+    edges = [await _start_status(backend, metrics, settings), await _start_rpc(backend, settings)]
+    await _run(backend, edges, local.start)
+
+
+async def _gateway(settings: Settings) -> None:
+    from service.rpc.client import RemoteBackend
+
+    metrics = _make_metrics(settings)
+    backend = Observed(RemoteBackend(settings.worker, settings), metrics, log_requests=settings.log_requests)
+    await _run(backend, [await _start_http(backend, metrics, settings)], None)
+
+
+async def _run(backend: Observed, edges: Sequence[Stop], load: Callable[[], Awaitable[None]] | None) -> None:
+    """Load, serve until a signal, then drain: the edges finish what they accepted before the backend closes."""
+    stopped = asyncio.ensure_future(_signal())
+    try:
+        if load is not None:
+            loading = asyncio.ensure_future(load())
+            await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                _log.info("ready: %s", ", ".join(model.id for model in await backend.models()))
+        await stopped
+        _log.info("draining")
+    finally:
+        stopped.cancel()
+        await asyncio.gather(*(stop() for stop in edges))
+        await backend.aclose()
+
+
+async def _signal() -> None:
+    """Return on the first SIGTERM or SIGINT; a second one ends the process at once."""
+    loop, seen = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, seen.set)
+    await seen.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+
+
+def _models(settings: Settings) -> None:
+    """Print every bundle's facts, once it has been checked."""
+    from service.worker.load import load_bundles
+
+    found = [{"id": bundle.manifest.id, **bundle.manifest.facts()} for bundle in load_bundles(settings.models)]
+    print(json.dumps(found, indent=2))
+
+
+_SERVERS: dict[str, Callable[[Settings], Coroutine[None, None, None]]] = {
+    "serve": _serve,
+    "worker": _worker,
+    "gateway": _gateway,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit status: 0, 2 for a wrong setting, 1 for what cannot be served."""
+    flags = vars(_parser().parse_args(arguments))
+    command = flags.pop("command")
+    try:
+        settings = load_settings(flags, os.environ)
+        configure_logging(settings.log_level)
+        # Read when onnxruntime is imported, which by itself leaves a device id and usage events in the home directory.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        if command == "models":
+            _models(settings)
+        else:
+            sys.setswitchinterval(GIL_SWITCH_SECONDS)
+            _event_loop()(_SERVERS[command](settings))
+    except (AttndError, OSError) as error:
+        print(f"attnd: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def _event_loop() -> Callable[[Coroutine[None, None, None]], None]:
+    """uvloop's runner where there is one; it does the same with half the processor time."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run
+    return uvloop.run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Health and metrics of a worker over plain HTTP, for probes and scrapers: /healthz, /readyz, /metrics.
+
+On the standard library's server in a thread of its own: a worker carries no web framework, and a probe is answered
+even while the event loop is busy.
+"""
+
+import asyncio
+import json
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from service.backend import Backend
+from service.errors import AttndError
+from service.metrics import Metrics
+
+READY_TIMEOUT_S = 5.0
+
+_Reply = tuple[HTTPStatus, str, bytes]
+
+
+class StatusServer:
+    """`start` gives the bound port; port 0 takes any free one."""
+
+    def __init__(self, backend: Backend, metrics: Metrics, *, host: str, port: int) -> None:
+        self._backend = backend
+        self._metrics = metrics
+        self._address = (host, port)
+
+    def start(self) -> int:
+        """Listen; called on the event loop that the backend belongs to. Raises OSError when the address is taken."""
+        self._loop = asyncio.get_running_loop()
+        self._server = ThreadingHTTPServer(self._address, self._handler())
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, name="status", daemon=True).start()
+        return self._server.server_port
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._server.shutdown)
+        self._server.server_close()
+
+    def _reply(self, path: str) -> _Reply:
+        if path == "/healthz":
+            return HTTPStatus.OK, "application/json", b'{"status":"alive"}'
+        if path == "/readyz":
+            return self._readiness()
+        if path == "/metrics":
+            body, content_type = self._metrics.render()
+            return HTTPStatus.OK, content_type, body
+        return HTTPStatus.NOT_FOUND, "text/plain", b"there are /healthz, /readyz and /metrics\n"
+
+    def _readiness(self) -> _Reply:
+        """Ask the backend on its own loop."""
+        asked = asyncio.run_coroutine_threadsafe(self._backend.models(), self._loop)
+        try:
+            asked.result(READY_TIMEOUT_S)
+        except (AttndError, TimeoutError) as error:
+            reason = error.message if isinstance(error, AttndError) else "the event loop does not answer"
+            body = json.dumps({"status": "unavailable", "reason": reason}).encode()
+            return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", body
+        return HTTPStatus.OK, "application/json", b'{"status":"ready"}'
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        reply_to = self._reply
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 10.0  # seconds for a client to send its request
+            server_version = "attnd"
+            sys_version = ""
+
+            def do_GET(self) -> None:
+                status, content_type, body = reply_to(self.path.partition("?")[0])
+                self.send_response(status)
+                self.send_header("content-type", content_type)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Probes come every few seconds; they are not worth a line."""
+
+        return Handler
