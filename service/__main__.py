@@ -13,9 +13,10 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from service.backend import Backend
 from service.config import Settings, add_flags, load_settings
 from service.errors import AttndError, ConfigError
-from service.logs import configure_logging
+from service.logs import configure_logging, write_request_line
 from service.metrics import Metrics
 from service.observed import Observed
 
@@ -77,6 +78,11 @@ def _make_metrics(settings: Settings) -> Metrics:
     return Metrics(settings.latency_buckets, {"version": package_version()})
 
 
+def _observed(backend: Backend, metrics: Metrics, settings: Settings) -> Observed:
+    is_logged = settings.log_requests and settings.log_level in ("debug", "info")
+    return Observed(backend, metrics, log=write_request_line if is_logged else None)
+
+
 async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -> Stop:
     from service.gateway.app import create_app
     from service.gateway.server import HttpServer
@@ -110,7 +116,7 @@ async def _serve(settings: Settings) -> None:
 
     metrics = _make_metrics(settings)
     local = LocalBackend(lambda: load_classifiers(settings, metrics), drain_timeout_s=settings.drain_timeout)
-    backend = Observed(local, metrics, log_requests=settings.log_requests)
+    backend = _observed(local, metrics, settings)
     edges = [await _start_http(backend, metrics, settings), await _start_rpc(backend, settings)]
     await _run(backend, edges, local.start)
 
@@ -121,7 +127,7 @@ async def _worker(settings: Settings) -> None:
 
     metrics = _make_metrics(settings)
     local = LocalBackend(lambda: load_classifiers(settings, metrics), drain_timeout_s=settings.drain_timeout)
-    backend = Observed(local, metrics, log_requests=settings.log_requests)
+    backend = _observed(local, metrics, settings)
     edges = [await _start_status(backend, metrics, settings), await _start_rpc(backend, settings)]
     await _run(backend, edges, local.start)
 
@@ -130,7 +136,7 @@ async def _gateway(settings: Settings) -> None:
     from service.rpc.client import RemoteBackend
 
     metrics = _make_metrics(settings)
-    backend = Observed(RemoteBackend(settings.worker, settings), metrics, log_requests=settings.log_requests)
+    backend = _observed(RemoteBackend(settings.worker, settings), metrics, settings)
     await _run(backend, [await _start_http(backend, metrics, settings)], None)
 
 

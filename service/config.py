@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from service.domain import MAX_INPUTS
 from service.errors import ConfigError
 
 PREFIX = "ATTND_"
@@ -37,7 +38,7 @@ class Settings:
     threads: Annotated[int, Field(ge=0), "compute threads (0: what affinity and cgroup quota give)"] = 0
     max_batch_tokens: Annotated[Positive, "padded tokens in one batch, at the most"] = 2048
     max_queue: Annotated[Positive, "inputs that may wait for the engine before requests are refused"] = 2048
-    max_inputs: Annotated[Positive, "inputs in one request, at the most"] = 1024
+    max_inputs: Annotated[int, Field(ge=1, le=MAX_INPUTS), "inputs in one request, at the most"] = 1024
     max_body_bytes: Annotated[Positive, "bytes of one request, at the most"] = 2_097_152
     request_timeout: Annotated[Seconds, "seconds after which a request fails, if the caller sets no less"] = 60.0
     drain_timeout: Annotated[Seconds, "seconds to finish accepted requests on SIGTERM"] = 20.0

@@ -6,6 +6,7 @@ deadline, cancelled or error, and every request is in every request histogram wh
 
 import platform
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -17,6 +18,8 @@ from service.domain import Timing
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BATCH_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PROMPT_TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
+
+Metric = TypeVar("Metric", Gauge, Histogram)
 
 _REQUEST = ("route", "model", "outcome")
 _STAGES = {
@@ -41,7 +44,10 @@ class Metrics:
             Histogram(name, text, _REQUEST, buckets=latency_buckets, registry=registry)
             for name, text in _STAGES.items()
         ]
+        # Looking a child up by its labels costs as much as observing; these keep those that every request needs.
         self._stages_of: dict[tuple[str, str, str], list[Histogram]] = {}
+        self._in_flight_of: dict[tuple[str, ...], Gauge] = {}
+        self._prompt_tokens_of: dict[tuple[str, ...], Histogram] = {}
         self.prompt_tokens = Histogram(
             "attnd_request_prompt_tokens",
             "Tokens the model read for a request.",
@@ -77,6 +83,13 @@ class Metrics:
             "attnd_real_tokens", "Tokens computed, padding not counted.", ("model",), registry=registry
         )
 
+    def in_flight_of(self, route: str) -> Gauge:
+        """The gauge of requests being served by `route`."""
+        return _child(self.in_flight, self._in_flight_of, (route,))
+
+    def observe_prompt(self, route: str, model: str, num_tokens: int) -> None:
+        _child(self.prompt_tokens, self._prompt_tokens_of, (route, model)).observe(num_tokens)
+
     def observe_request(self, route: str, model: str, outcome: str, timing: Timing) -> None:
         """Count one ended request; all stages, whatever the outcome."""
         key = (route, model, outcome)
@@ -92,3 +105,10 @@ class Metrics:
     def render(self) -> tuple[bytes, str]:
         """The exposition text and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+
+def _child(metric: Metric, kept: dict[tuple[str, ...], Metric], labels: tuple[str, ...]) -> Metric:
+    found = kept.get(labels)
+    if found is None:
+        found = kept[labels] = metric.labels(*labels)
+    return found

@@ -6,9 +6,10 @@ A request that never became one (bad JSON, wrong key, too many bytes) is reporte
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from service.backend import Backend
-from service.domain import Call, Classification, ClassifyRequest, ModelInfo, Usage
+from service.domain import Call, Classification, ClassifyRequest, ModelInfo, Timing, Usage
 from service.errors import (
     AttndError,
     Cancelled,
@@ -22,6 +23,8 @@ from service.errors import (
     Unsupported,
 )
 from service.metrics import Metrics
+
+Log = Callable[[dict[str, object]], None]
 
 _OUTCOMES: dict[type[BaseException], str] = {
     InvalidRequest: "invalid",
@@ -46,14 +49,15 @@ def outcome_of(error: BaseException) -> str:
 class Observed:
     """A Backend that passes everything on and misses nothing."""
 
-    def __init__(self, backend: Backend, metrics: Metrics, *, log_requests: bool = True) -> None:
+    def __init__(self, backend: Backend, metrics: Metrics, *, log: Log | None = None) -> None:
+        """`log` gets the fields of one line a request."""
         self._backend = backend
         self._metrics = metrics
-        self._log_requests = log_requests
+        self._write_line = log
         self._models: list[ModelInfo] = []
 
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
-        in_flight = self._metrics.in_flight.labels(call.route)
+        in_flight = self._metrics.in_flight_of(call.route)
         in_flight.inc()
         try:
             result = await self._backend.classify(request, call)
@@ -63,9 +67,8 @@ class Observed:
         finally:
             in_flight.dec()
         self._metrics.observe_request(call.route, result.model, "ok", result.timing)
-        self._metrics.prompt_tokens.labels(call.route, result.model).observe(result.usage.prompt_tokens)
-        if self._log_requests:
-            self._log(call, result.model, "ok", result.timing.total_seconds, result.usage, len(result.results))
+        self._metrics.observe_prompt(call.route, result.model, result.usage.prompt_tokens)
+        self._log(call, result.model, "ok", result.timing, inputs=len(result.results), usage=result.usage)
         return result
 
     async def models(self) -> list[ModelInfo]:
@@ -92,22 +95,33 @@ class Observed:
         self._metrics.observe_request(call.route, model, outcome, timing)
         if outcome == "error" and not isinstance(error, Unavailable):
             _log.error("request %s failed", call.request_id, exc_info=error)
-        if self._log_requests:
-            reason = error.message if isinstance(error, AttndError) else type(error).__name__
-            self._log(call, model, outcome, timing.total_seconds, None, 0, reason)
+        reason = error.message if isinstance(error, AttndError) else type(error).__name__
+        self._log(call, model, outcome, timing, error=reason)
 
     def _log(
-        self, call: Call, model: str, outcome: str, seconds: float, usage: Usage | None, inputs: int, error: str = ""
+        self,
+        call: Call,
+        model: str,
+        outcome: str,
+        timing: Timing,
+        *,
+        inputs: int = 0,
+        usage: Usage | None = None,
+        error: str = "",
     ) -> None:
+        if self._write_line is None:
+            return
         fields: dict[str, object] = {
             "request_id": call.request_id,
             "route": call.route,
             "model": model,
             "outcome": outcome,
-            "seconds": round(seconds, 6),
+            "total_seconds": round(timing.total_seconds, 6),
+            "queue_seconds": round(timing.queue_seconds, 6),
+            "compute_seconds": round(timing.compute_seconds, 6),
         }
         if usage is not None:
             fields |= {"inputs": inputs, "prompt_tokens": usage.prompt_tokens, "truncated": usage.truncated}
         if error:
             fields["error"] = error
-        _log.info("request", extra={"fields": fields})
+        self._write_line(fields)

@@ -1,0 +1,81 @@
+"""One classification over HTTP, in any dialect: a dialect is how a body becomes a request, and a result a body.
+
+An ASGI app of its own: FastAPI's request and response objects would cost more than all of this. The body is read as
+JSON whatever its content type says, as other servers do: nothing else is understood here, and `curl -d` just works.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from service.domain import Call, Classification, ClassifyRequest
+from service.errors import AttndError, InvalidRequest
+from service.gateway.door import Door
+from service.gateway.exchange import Receive, Scope, Send
+from service.gateway.middleware import HEADERS, REQUEST_ID
+from service.observed import Observed
+
+MAX_TIMEOUT_MS = 86_400_000
+
+Parse = Callable[[bytes, Mapping[str, Any]], ClassifyRequest]
+Render = Callable[[Classification], bytes]
+
+_JSON = (b"content-type", b"application/json")
+
+
+@dataclass(frozen=True)
+class ClassifyEndpoint:
+    """`route` labels the metrics, `parse` gets the body and the path's parameters, `timeout_s` bounds any request."""
+
+    route: str
+    backend: Observed
+    door: Door
+    timeout_s: float
+    parse: Parse
+    render: Render
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises an AttndError, which the middleware answers, once it is counted."""
+        headers = scope[HEADERS]
+        call = Call(scope[REQUEST_ID], self.route, time.monotonic() + self.timeout_s)
+        try:
+            body = await read_body(receive)
+            self.door.check_open()
+            self.door.check_key(headers)
+            call = check_headers(call, headers)
+            request = self.parse(body, scope.get("path_params", {}))
+        except AttndError as error:
+            self.backend.rejected(call, error)
+            raise
+        reply = self.render(await self.backend.classify(request, call))
+        length = (b"content-length", b"%d" % len(reply))
+        await send({"type": "http.response.start", "status": 200, "headers": [_JSON, length]})
+        await send({"type": "http.response.body", "body": reply})
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The request's body. Raises TooLarge when it was refused while it came in."""
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    while message.get("more_body", False):
+        message = await receive()
+        body += message.get("body", b"")
+    return body
+
+
+def check_headers(call: Call, headers: Mapping[bytes, bytes]) -> Call:
+    """`call` with the deadline that the caller asks for, if that is sooner. Raises InvalidRequest."""
+    encoding = headers.get(b"content-encoding", b"identity")
+    if encoding != b"identity":
+        message = f"Content-Encoding: only plain bodies are taken, got {encoding.decode('latin-1')[:60]!r}"
+        raise InvalidRequest(message, param="Content-Encoding", code="unsupported_encoding")
+    wanted = headers.get(b"x-request-timeout-ms")
+    if wanted is None:
+        return call
+    milliseconds = int(wanted) if wanted.isdigit() and len(wanted) < 12 else 0
+    if not 1 <= milliseconds <= MAX_TIMEOUT_MS:
+        shown = wanted.decode("latin-1")[:60]
+        message = f"X-Request-Timeout-Ms: expected whole milliseconds from 1 to {MAX_TIMEOUT_MS}, got {shown!r}"
+        raise InvalidRequest(message, param="X-Request-Timeout-Ms")
+    return replace(call, deadline=min(call.deadline, time.monotonic() + milliseconds / 1000))

@@ -1,0 +1,144 @@
+"""Which path is whose, and what OpenAPI says about it.
+
+The classification routes are declared to FastAPI, which documents and routes them, but `ClassifyEndpoint` answers them
+on the bare ASGI call. Everything else is plain FastAPI.
+"""
+
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from typing import Annotated, Any, cast
+
+import orjson
+from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+
+from service.config import Settings
+from service.domain import Classification, ClassifyRequest, Score
+from service.gateway import huggingface, native
+from service.gateway.door import Door
+from service.gateway.endpoint import ClassifyEndpoint
+from service.gateway.errors import ErrorBody, HuggingFaceErrorBody
+from service.gateway.huggingface import HuggingFaceRequest
+from service.gateway.middleware import HEADERS
+from service.metrics import Metrics
+from service.observed import Observed
+
+Signature = Callable[..., Awaitable[Any]]
+RequestId = Annotated[str | None, Header(description="Comes back in the reply and is in the log; made up when absent")]
+TimeoutMs = Annotated[int | None, Header(description="Milliseconds after which the request fails with 504")]
+
+_STATUSES = {
+    401: "The API key is missing or wrong",
+    404: "No such model",
+    413: "The body or the list of inputs is over its limit",
+    422: "The request is malformed or out of range; `param` names the field",
+    429: "The queue is full; Retry-After says when to come back",
+    500: "Our fault",
+    501: "The model exists but cannot do this",
+    503: "Loading, draining, or no worker can be reached",
+    504: "The deadline has passed",
+}
+
+
+def _errors(*statuses: int, body: type = ErrorBody) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of errors; the default also keeps FastAPI from describing its own, which never occur."""
+    described = {status: _STATUSES[status] for status in statuses} | {"default": "Any other error, in the same shape"}
+    return {status: {"model": body, "description": text} for status, text in described.items()}
+
+
+def _json(value: Any) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+def _key_checks(door: Door) -> list[Any]:
+    """The dependencies of a route that asks for the API key; in the documentation too when there is a key."""
+
+    async def check_key(request: Request) -> None:
+        door.check_key(request.scope[HEADERS])
+
+    documented = [Depends(HTTPBearer(auto_error=False))] if door.has_key else []
+    return [Depends(check_key), *documented]
+
+
+def _add_classify_route(
+    app: FastAPI, path: str, endpoint: ClassifyEndpoint, signature: Signature, **about: Any
+) -> None:
+    """Route POST `path` to `endpoint`. `signature` is never called: it tells FastAPI what to document."""
+    app.add_api_route(path, signature, methods=["POST"], summary="Label one text or many", **about)
+    cast(APIRoute, app.router.routes[-1]).app = endpoint
+
+
+def add_status_routes(app: FastAPI, backend: Observed, door: Door, metrics: Metrics) -> None:
+    """Health for probes and metrics for Prometheus; no key is asked for."""
+
+    @app.get("/healthz", tags=["status"], summary="Is the process alive?")
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz", tags=["status"], summary="Can it serve?", responses=_errors(503))
+    async def readyz() -> dict[str, Any]:
+        door.check_open()
+        return {"status": "ready", "models": [info.id for info in await backend.models()]}
+
+    @app.get("/metrics", tags=["status"], summary="Metrics for Prometheus", response_class=Response)
+    async def exposition() -> Response:
+        body, content_type = metrics.render()
+        return Response(body, headers={"content-type": content_type})
+
+
+def add_native_routes(app: FastAPI, backend: Observed, door: Door, settings: Settings) -> None:
+    """/v1/classify and the models."""
+    about: dict[str, Any] = {"tags": ["native"], "dependencies": _key_checks(door)}
+    endpoint = ClassifyEndpoint("/v1/classify", backend, door, settings.request_timeout, native.parse, native.render)
+
+    async def classify(
+        request: ClassifyRequest, x_request_id: RequestId = None, x_request_timeout_ms: TimeoutMs = None
+    ) -> Classification:
+        raise NotImplementedError
+
+    _add_classify_route(app, "/v1/classify", endpoint, classify, responses=_errors(*_STATUSES), **about)
+
+    @app.get("/v1/models", summary="The served models", responses=_errors(401, 503), **about)
+    async def models() -> Response:
+        return _json(native.model_list(await backend.models()))
+
+    @app.get("/v1/models/{model_id:path}", summary="One model", responses=_errors(401, 404, 503), **about)
+    async def model(model_id: str) -> Response:
+        return _json(native.model_object(native.find_model(await backend.models(), model_id)))
+
+
+def add_huggingface_routes(app: FastAPI, backend: Observed, door: Door, settings: Settings) -> None:
+    """POST to the base URL or to a model's, and what the client asks about the server."""
+    about: dict[str, Any] = {"tags": ["hugging face"], "dependencies": _key_checks(door)}
+    errors = _errors(*_STATUSES, body=HuggingFaceErrorBody)
+
+    async def pipeline(
+        request: HuggingFaceRequest, x_request_id: RequestId = None, x_request_timeout_ms: TimeoutMs = None
+    ) -> list[list[Score]]:
+        raise NotImplementedError
+
+    async def pipeline_of_model(
+        model_id: str,
+        request: HuggingFaceRequest,
+        x_request_id: RequestId = None,
+        x_request_timeout_ms: TimeoutMs = None,
+    ) -> list[list[Score]]:
+        raise NotImplementedError
+
+    for path, signature in (("/", pipeline), ("/models/{model_id:path}", pipeline_of_model)):
+        label = path.replace(":path", "")
+        endpoint = ClassifyEndpoint(
+            label, backend, door, settings.request_timeout, huggingface.parse, huggingface.render
+        )
+        _add_classify_route(app, path, endpoint, signature, responses=errors, **about)
+
+    @app.get("/info", summary="What is served here", **about)
+    async def info() -> Response:
+        return _json(huggingface.endpoint_info(await backend.models(), version("attnd"), settings.max_inputs))
+
+    @app.get("/health", summary="200 when it can serve", tags=["hugging face"])
+    async def health() -> Response:
+        door.check_open()
+        await backend.models()
+        return Response()
