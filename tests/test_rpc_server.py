@@ -129,7 +129,7 @@ async def test_every_field_reaches_the_backend(running: Running, backend: FakeBa
 
 async def test_the_request_id_is_the_callers(running: Running, backend: FakeBackend) -> None:
     call = running.classify("a", metadata=(("x-request-id", "trace:7.b_c-d"),))
-    assert dict(await call.initial_metadata())["x-request-id"] == "trace:7.b_c-d"
+    assert dict(await call.trailing_metadata())["x-request-id"] == "trace:7.b_c-d"
     await call
     assert backend.calls[0].request_id == "trace:7.b_c-d"
 
@@ -137,7 +137,7 @@ async def test_the_request_id_is_the_callers(running: Running, backend: FakeBack
 @pytest.mark.parametrize("given", [(), (("x-request-id", "not ok!"),), (("x-request-id", "x" * 129),)])
 async def test_an_unfit_request_id_is_replaced(running: Running, backend: FakeBackend, given: Any) -> None:
     call = running.classify("a", metadata=given)
-    request_id = dict(await call.initial_metadata())["x-request-id"]
+    request_id = dict(await call.trailing_metadata())["x-request-id"]
     await call
     assert backend.calls[0].request_id == request_id
     assert len(request_id) == 32

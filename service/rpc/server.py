@@ -96,21 +96,26 @@ def _context(path: str, call: Any) -> Context:
     return Context(path, metadata, request_id_of(metadata), now, None if left is None else now + left)
 
 
-async def _abort(call: Any, error: Exception) -> None:
+async def _abort(call: Any, context: Context, error: Exception) -> None:
     if not isinstance(error, AttndError):
         _log.error("a call failed", exc_info=error)
         error = EngineFailed("internal error")
-    await call.abort(status_of(error), error.message, ((DETAILS_KEY, rich_status(error)),))
+    await call.abort(status_of(error), error.message, (*_trailing(context), (DETAILS_KEY, rich_status(error))))
+
+
+def _trailing(context: Context) -> tuple[tuple[str, str], ...]:
+    """What goes out with the status; initial metadata would be one more operation a call."""
+    return ((REQUEST_ID, context.request_id),)
 
 
 def _unary(path: str, method: Unary, limit: int) -> Any:
     async def handle(data: bytes, call: Any) -> bytes:
         context = _context(path, call)
-        await call.send_initial_metadata(((REQUEST_ID, context.request_id),))
+        call.set_trailing_metadata(_trailing(context))
         try:
             return await method.answer(_within(data, limit), context)
         except Exception as error:
-            await _abort(call, error)
+            await _abort(call, context, error)
             raise
 
     return handle
@@ -134,7 +139,7 @@ async def _read(call: Any, reading: set[asyncio.Task[Any]]) -> Any:
 def _streaming(path: str, method: Streaming, limit: int, reading: set[asyncio.Task[Any]]) -> Any:
     async def handle(_: AsyncIterator[bytes], call: Any) -> AsyncGenerator[bytes, None]:
         context = _context(path, call)
-        await call.send_initial_metadata(((REQUEST_ID, context.request_id),))
+        call.set_trailing_metadata(_trailing(context))
 
         async def received() -> AsyncIterator[Received]:
             while (data := await _read(call, reading)) is not _END:
@@ -145,6 +150,6 @@ def _streaming(path: str, method: Streaming, limit: int, reading: set[asyncio.Ta
                 async for reply in replies:
                     yield reply
         except Exception as error:
-            await _abort(call, error)
+            await _abort(call, context, error)
 
     return handle
