@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from model.config import ModelConfig
+from model.data import Row
 from model.export import Options, export
 from model.train import save_checkpoint
 from model.transformer import Classifier
@@ -65,6 +66,16 @@ def random_ids(num_sequences: int, *, longest: int = CONFIG.max_length, seed: in
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (num_sequences,), generator=draw).tolist()
     return [torch.randint(0, CONFIG.vocab_size, (length,), generator=draw).tolist() for length in lengths]
+
+
+def confident_rows(num_rows: int, *, seed: int) -> list[Row]:
+    """Labelled texts on which the seeded classifier is sure of itself, so that rounding flips no label."""
+    inside = [[3 + index % 47 for index in ids] for ids in random_ids(8 * num_rows, longest=20, seed=seed)]
+    with torch.no_grad():
+        logits = torch.cat([seeded_classifier()(torch.tensor([[1, *ids, 2]])) for ids in inside])
+    surest = (logits[:, 1] - logits[:, 0]).abs().argsort(descending=True)
+    chosen = surest[:num_rows].tolist()
+    return [Row(" ".join(f"w{index}" for index in inside[at]), int(logits[at].argmax())) for at in chosen]
 
 
 def export_tiny(checkpoint: Path, out: Path, precision: str) -> Path:

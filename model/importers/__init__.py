@@ -1,0 +1,1 @@
+"""Other people's weights into our modules, one file a family; each is strict about missing and unexpected tensors."""

@@ -1,0 +1,71 @@
+"""What every importer does alike: refuse variants, read safetensors, rename by a table, load without a gap.
+
+Knows no family of models.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Names = Iterable[tuple[str, str]]  # (pattern of the foreign name's beginning, what stands there in ours)
+
+
+def check_variant(values: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:
+    """Raises ValueError for a config that asks for what our modules do not compute; an absent key reads as None."""
+    for key, known in allowed.items():
+        if values.get(key) not in known:
+            raise ValueError(f"{key} is {values.get(key)!r}, this importer reads {' or '.join(map(repr, known))}")
+
+
+def read_safetensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the files that model.safetensors.index.json lists.
+
+    Raises ValueError when the index names a tensor that its file does not hold.
+    """
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return load_file(directory / "model.safetensors")
+    places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    state: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        state |= load_file(directory / file)
+    if absent := sorted(places.keys() - state.keys()):
+        raise ValueError(f"{index}: tensors that no file holds: {', '.join(absent)}")
+    return state
+
+
+def rename(name: str, table: Names) -> str:
+    """A foreign tensor's name -> ours; raises ValueError for a name that the table does not know."""
+    for pattern, ours in table:
+        if match := re.match(pattern, name):
+            return match.expand(ours) + name[match.end() :]
+    raise ValueError(f"unexpected weight in checkpoint: {name}")
+
+
+def tie_head(state: dict[str, Tensor], *, head: str, token: str) -> None:
+    """Gives the head of a tied model its name; raises ValueError if the checkpoint holds another matrix there."""
+    if head in state and not torch.equal(state[head], state[token]):
+        raise ValueError(f"the config ties the embeddings, but {head} differs from {token}")
+    state[head] = state[token]
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Copies `state` into `model`; raises ValueError naming every missing, unexpected or misshapen weight."""
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    misshapen = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & state.keys())
+        if state[name].shape != expected[name].shape
+    ]
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"{source}: missing weights {missing}, unexpected weights {unexpected}, misshapen weights {misshapen}"
+        )
+    model.load_state_dict(state)

@@ -1,0 +1,1 @@
+"""Data, model and schedule of each shipped model, one short file each."""

@@ -1,0 +1,241 @@
+"""bundle == checkpoint: interface, shapes, values, batch independence, quality. On the very engine that serves.
+
+    python -m model.verify model/zoo/sentiment runs/sentiment/best --data FOLDER
+
+The reference is the PyTorch model in its padded form, one sequence at a time; it shares no code with the packed graph.
+Every check runs, whatever the others say, and states what it found.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.config import ModelConfig
+from model.data import Examples, Row, one_hot, read_sst2
+from model.evaluate import predict
+from model.packed import INPUT_AXES, OUTPUT
+from model.tokenization import encode, load_tokenizer
+from model.train import load_checkpoint
+from model.transformer import Classifier
+from service.worker.bundle import TOKENIZER, Bundle, TensorSpec, file_spec, load_bundle
+from service.worker.engine import GRAPH, ClassificationEngine, Tokens
+
+MAX_DIFFERENCE = 1e-4  # of float32 logits
+MIN_CORRELATION = 0.98  # of int8 logits with the reference's
+MIN_AGREEMENT = 0.97  # of int8 labels with the reference's
+MAX_ACCURACY_LOSS = 0.003
+NUM_SAMPLES = 48
+NUM_NEIGHBOURS = 16  # in the largest batch that a sequence is compared in
+
+Ids = Sequence[int]
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Report:
+    checks: tuple[Check, ...]
+    quality: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def text(self) -> str:
+        return "\n".join(f"{'ok  ' if one.passed else 'FAIL'} {one.name}: {one.found}" for one in self.checks)
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"passed": self.passed, "checks": {check.name: check.found for check in self.checks}}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: the bundle with its engine, and the model it claims to be."""
+
+    bundle: Bundle
+    engine: ClassificationEngine
+    config: ModelConfig
+    model: Classifier
+    checkpoint: Path
+
+    @property
+    def is_exact(self) -> bool:
+        return self.bundle.manifest.precision == "float32"
+
+    def served(self, sequences: Sequence[Ids]) -> Logits:
+        return self.engine.logits([Tokens(ids) for ids in sequences])
+
+    @torch.no_grad()
+    def reference(self, sequences: Sequence[Ids]) -> Logits:
+        return np.concatenate([self.model(torch.tensor([ids])).numpy() for ids in sequences])
+
+
+def verify(directory: Path, checkpoint: Path, *, rows: Sequence[Row] = ()) -> Report:
+    """Compares the bundle with the checkpoint; `rows` are labelled texts on which quality is measured."""
+    try:
+        bundle = load_bundle(directory)
+        subject = Subject(bundle, ClassificationEngine(bundle), *load_checkpoint(checkpoint), checkpoint)
+    except Exception as error:  # whatever keeps it from being served is the finding
+        return Report((Check("loads", False, str(error)),))
+    samples = sample_texts(subject, rows) if rows else sample_ids(subject.config)
+    checks = [
+        checked("facts", facts, subject),
+        checked("interface", interface, subject),
+        checked("shapes", shapes, subject),
+        checked("values", values, subject, samples),
+        checked("batched == alone", batched_alone, subject, samples),
+    ]
+    if not rows:
+        return Report(tuple(checks))
+    measured = quality(subject, rows)
+    return Report((*checks, Check("quality", *judged(measured, subject))), measured)
+
+
+def checked(name: str, check: Callable[..., tuple[bool, str]], *arguments: Any) -> Check:
+    """Runs one check; what it raises is a failure like any other, and no reason to skip the rest."""
+    try:
+        return Check(name, *check(*arguments))
+    except Exception as error:
+        return Check(name, False, f"{type(error).__name__}: {error}")
+
+
+def facts(subject: Subject) -> tuple[bool, str]:
+    """What the manifest says about the model is what the checkpoint says."""
+    manifest, config = subject.bundle.manifest, asdict(subject.config)
+    wrong = [name for name in config if name != "labels" and manifest.architecture.get(name) != config[name]]
+    wrong += ["labels"] if manifest.labels != subject.config.labels else []
+    wrong += ["limits.max_tokens"] if manifest.limits.max_tokens != subject.config.max_length else []
+    same = file_spec(subject.checkpoint / TOKENIZER) == manifest.files[TOKENIZER]
+    wrong += [] if same else [TOKENIZER]
+    return not wrong, f"differ from the checkpoint: {', '.join(wrong)}" if wrong else "equal to the checkpoint's"
+
+
+def interface(subject: Subject) -> tuple[bool, str]:
+    """Names, types and open axes of the graph. (That the graph is what the manifest says, the session has checked.)"""
+    spec = subject.bundle.graph(GRAPH)
+    expected = [TensorSpec(name=name, dtype="int64", axes=axes) for name, axes in INPUT_AXES.items()]
+    expected.append(TensorSpec(name=OUTPUT, dtype="float32", axes=("batch", subject.config.num_labels)))
+    found = [*spec.inputs, *spec.outputs]
+    wrong = [f"{ours} instead of {theirs}" for ours, theirs in zip(found, expected, strict=False) if ours != theirs]
+    if len(found) != len(expected):
+        wrong.append(f"{len(found)} inputs and outputs instead of {len(expected)}")
+    return not wrong, "; ".join(wrong) or f"{len(spec.inputs)} inputs, {len(spec.outputs)} output, axes open"
+
+
+def shapes(subject: Subject) -> tuple[bool, str]:
+    """Any number of sequences, of one token up to the limit, gives a finite row each."""
+    longest = subject.config.max_length
+    tried = [(1, 1), (1, longest), (3, 2), (2, min(17, longest)), (33, 5)]
+    wrong = []
+    for num_sequences, length in tried:
+        logits = subject.served([[1] * length] * num_sequences)
+        if logits.shape != (num_sequences, subject.config.num_labels) or not np.isfinite(logits).all():
+            wrong.append(f"{num_sequences} x {length} tokens gave {logits.shape}")
+    return not wrong, "; ".join(wrong) or f"batches up to 33, lengths 1 to {longest}"
+
+
+def values(subject: Subject, samples: Sequence[Ids]) -> tuple[bool, str]:
+    """Logits against PyTorch: to MAX_DIFFERENCE in float32, by correlation in int8."""
+    served, reference = subject.served(samples), subject.reference(samples)
+    difference = float(np.abs(served - reference).max())
+    similarity = correlation(served, reference)
+    found = f"largest difference {difference:.2e}, correlation {similarity:.5f} on {len(samples)} sequences"
+    return (difference <= MAX_DIFFERENCE if subject.is_exact else similarity >= MIN_CORRELATION), found
+
+
+def correlation(ours: Logits, theirs: Logits) -> float:
+    """Of all logits, each label's mean taken off, so that a constant offset between labels does not count."""
+    a, b = ours - ours.mean(0), theirs - theirs.mean(0)
+    return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-12))
+
+
+def batched_alone(subject: Subject, samples: Sequence[Ids]) -> tuple[bool, str]:
+    """The same bits for a sequence alone, among others of its length or of any length, and on two threads."""
+    two_threads = ClassificationEngine(subject.bundle, threads=2)
+    alone = np.concatenate([subject.served([ids]) for ids in samples])
+    tried = {
+        "all together": subject.served(samples),
+        "all together on two threads": two_threads.logits([Tokens(ids) for ids in samples]),
+        "among copies of itself": np.stack([subject.served([ids] * NUM_NEIGHBOURS)[-1] for ids in samples]),
+        "among strangers of its length": np.stack(
+            [subject.served(strangers(ids, subject.config))[0] for ids in samples]
+        ),
+    }
+    wrong = {name: float(np.abs(rows - alone).max()) for name, rows in tried.items() if not np.array_equal(rows, alone)}
+    found = [f"{name}: largest difference {difference:.2e}" for name, difference in wrong.items()]
+    return not wrong, "; ".join(found) or f"bit-equal for {len(samples)} sequences in {len(tried)} kinds of batch"
+
+
+def strangers(ids: Ids, config: ModelConfig) -> list[Ids]:
+    draw = random.Random(len(ids))
+    others = [[draw.randrange(config.vocab_size) for _ in ids] for _ in range(draw.randrange(1, NUM_NEIGHBOURS))]
+    return [ids, *others]
+
+
+def sample_ids(config: ModelConfig) -> list[list[int]]:
+    """Random sequences of all lengths: enough for a comparison of arithmetic."""
+    draw = random.Random(0)
+    lengths = [draw.randint(1, min(config.max_length, 64)) for _ in range(NUM_SAMPLES - 1)] + [config.max_length]
+    return [[draw.randrange(config.vocab_size) for _ in range(length)] for length in lengths]
+
+
+def sample_texts(subject: Subject, rows: Sequence[Row]) -> list[list[int]]:
+    texts = [row.text for row in rows[:NUM_SAMPLES]]
+    return encode(load_tokenizer(subject.bundle.tokenizer_path, subject.config.max_length), texts)
+
+
+def quality(subject: Subject, rows: Sequence[Row]) -> dict[str, Any]:
+    """Accuracy of the bundle and of the reference, and how often both choose the same label."""
+    tokenizer = load_tokenizer(subject.bundle.tokenizer_path, subject.config.max_length)
+    sequences = encode(tokenizer, [row.text for row in rows])
+    targets = np.array([row.label for row in rows])
+    examples = Examples(sequences, one_hot(targets.tolist(), subject.config.num_labels))
+    theirs = predict(subject.model, examples, pad_id=subject.config.pad_id).numpy().argmax(1)
+    ours = subject.served(sequences).argmax(1)
+    return {
+        "rows": len(rows),
+        "accuracy": share(ours == targets),
+        "accuracy_of_checkpoint": share(theirs == targets),
+        "label_agreement": share(ours == theirs),
+    }
+
+
+def share(hits: NDArray[np.bool_]) -> float:
+    return round(float(hits.mean()), 5)
+
+
+def judged(measured: dict[str, Any], subject: Subject) -> tuple[bool, str]:
+    loss = round(measured["accuracy_of_checkpoint"] - measured["accuracy"], 5)
+    agreement = measured["label_agreement"]
+    passed = loss <= MAX_ACCURACY_LOSS and agreement >= (1.0 if subject.is_exact else MIN_AGREEMENT)
+    return passed, ", ".join(f"{name} {value}" for name, value in measured.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, help="folder with dev.tsv")
+    flags = parser.parse_args(arguments)
+    report = verify(flags.bundle, flags.checkpoint, rows=read_sst2(flags.data / "dev.tsv") if flags.data else ())
+    print(report.text())
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

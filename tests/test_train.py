@@ -1,0 +1,210 @@
+"""The training loop on tiny models: bit-exact resuming, schedule, clipping, grouping, weight decay, overfitting."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from model.config import ModelConfig
+from model.data import Examples, length_grouped, one_hot
+from model.evaluate import accuracy, predict
+from model.train import (
+    MetricsFile,
+    Run,
+    TrainConfig,
+    learning_rate_scale,
+    load_checkpoint,
+    parameter_groups,
+    read_metrics,
+    save_checkpoint,
+    train,
+)
+from model.transformer import Classifier
+
+CONFIG = ModelConfig(
+    kind="encoder",
+    vocab_size=30,
+    width=16,
+    num_heads=2,
+    num_layers=2,
+    feed_forward=32,
+    max_length=16,
+    dropout=0.1,
+    attention_dropout=0.1,
+    num_labels=2,
+    labels=("no", "yes"),
+)
+SCHEDULE = TrainConfig(
+    learning_rate=1e-2, epochs=2, batch_size=4, average=0.9, average_every=1, evaluate_every=3, save_every=7
+)
+
+
+def toy_examples(count: int = 30) -> Examples:
+    """Texts of several lengths; the label says whether id 7 is the first."""
+    draw = torch.Generator().manual_seed(5)
+    labels = [index % 2 for index in range(count)]
+    ids = [
+        [7 if label else 8, *torch.randint(9, 30, (1 + index % 5,), generator=draw).tolist()]
+        for index, label in enumerate(labels)
+    ]
+    return Examples(ids, one_hot(labels))
+
+
+def make_run(directory: Path, config: TrainConfig = SCHEDULE) -> Run:
+    torch.manual_seed(1)
+    return Run(directory, Classifier(CONFIG), config, examples=toy_examples(), pad_id=0)
+
+
+def no_scores() -> dict[str, float]:
+    return {}
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    for (name, ours), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("stop_at", [7, 11])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, stop_at: int, precision: str) -> None:
+    config = replace(SCHEDULE, precision=precision)
+    whole = make_run(tmp_path / "whole", config)
+    train(whole, no_scores)
+    train(make_run(tmp_path / "cut", config), no_scores, stop_at=stop_at)  # its last state is of update 7
+    resumed = make_run(tmp_path / "cut", config)
+    torch.manual_seed(99)  # whatever the generator was, the state brings its own
+    train(resumed, no_scores)
+    assert resumed.step == whole.step == 16
+    assert_same_weights(resumed.model, whole.model)
+    for ours, theirs in zip(resumed.averaged, whole.averaged, strict=True):
+        assert torch.equal(ours, theirs)
+
+    def told(run: Run) -> list[dict[str, float]]:
+        lines = read_metrics(run.directory / "metrics.jsonl")
+        return [{key: line[key] for key in ("step", "rate")} for line in lines]
+
+    assert told(resumed) == told(whole)
+    assert (resumed.directory / "curve.png").stat().st_size > 0
+
+
+def test_a_state_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    train(make_run(tmp_path), no_scores)
+    with pytest.raises(ValueError, match="remove it to train anew"):
+        make_run(tmp_path, replace(SCHEDULE, learning_rate=2e-2)).resume()
+
+
+def test_schedule_grows_then_falls_to_zero() -> None:
+    scale = [learning_rate_scale(step, total=10, warmup=4) for step in range(11)]
+    assert scale == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0])
+
+
+def test_gradients_are_clipped_before_the_update(tmp_path: Path) -> None:
+    clip = 1e-3
+    run = make_run(tmp_path, replace(SCHEDULE, clip=clip, average=0.0))
+    norms: list[float] = []
+    run.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(
+            torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None]).norm().item()
+        )
+    )
+    for batch in run.batches():
+        run.update(batch)
+    assert len(norms) == 16
+    assert max(norms) <= clip * 1.001
+
+
+def test_norms_and_biases_do_not_decay_and_lower_blocks_learn_slower() -> None:
+    model = Classifier(CONFIG)
+    config = replace(SCHEDULE, weight_decay=0.1, layer_decay=0.5)
+    groups = parameter_groups(model, config, CONFIG.num_layers)
+    told = {id(p): group for group in groups for p in group["params"]}
+    assert len(told) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert told[id(parameter)]["weight_decay"] == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
+    assert told[id(model.head.weight)]["scale"] == 1.0
+    assert told[id(model.body.stack.blocks[1].attention.query.weight)]["scale"] == 0.5
+    assert told[id(model.body.stack.blocks[0].attention.query.weight)]["scale"] == 0.25
+    assert told[id(model.body.stack.embedding.token.weight)]["scale"] == 0.125
+
+
+def test_frozen_weights_stay(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Classifier(CONFIG)
+    embedding = model.body.stack.embedding.requires_grad_(False)
+    before = embedding.token.weight.clone()
+    train(Run(tmp_path, model, SCHEDULE, examples=toy_examples(), pad_id=0), no_scores)
+    assert torch.equal(embedding.token.weight, before)
+
+
+def test_length_grouping_covers_each_example_once_and_pads_little() -> None:
+    lengths = [1 + (index * 7) % 20 for index in range(103)]
+    batches = length_grouped(lengths, 8, seed=3)
+    assert sorted(index for batch in batches for index in batch) == list(range(103))
+    assert {len(batch) for batch in batches} == {8, 103 % 8}
+    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+    assert padded <= 1.1 * sum(lengths)
+
+
+def test_length_grouping_follows_its_seed() -> None:
+    lengths = [1 + index % 5 for index in range(40)]
+    assert length_grouped(lengths, 4, seed=1) == length_grouped(lengths, 4, seed=1)
+    assert length_grouped(lengths, 4, seed=1) != length_grouped(lengths, 4, seed=2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_tiny_model_learns_a_toy_set(tmp_path: Path, precision: str) -> None:
+    config = replace(SCHEDULE, epochs=12, precision=precision)
+    examples = toy_examples()
+    run = make_run(tmp_path, config)
+    train(run, lambda: {"accuracy": accuracy(predict(run.model, examples, pad_id=0), examples.targets)})
+    assert accuracy(predict(run.model, examples, pad_id=0), examples.targets) == 1.0
+    first, *_, last = read_metrics(tmp_path / "metrics.jsonl")
+    assert last["loss"] < 0.1 * first["loss"]
+    assert last["accuracy"] == 1.0
+
+
+def test_the_average_is_what_is_left_at_the_end(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    seen: list[torch.Tensor] = []
+    train(run, lambda: seen.append(run.model.head.weight.detach().clone()) or {})
+    assert torch.equal(seen[-1], run.model.head.weight)
+    at = next(index for index, parameter in enumerate(run.parameters) if parameter is run.model.head.weight)
+    assert not torch.equal(run.averaged[at], run.model.head.weight)
+
+
+def test_predictions_keep_the_order_of_the_examples() -> None:
+    torch.manual_seed(0)
+    model = Classifier(CONFIG)
+    examples = toy_examples(13)
+    together = predict(model, examples, pad_id=0, batch_size=4)
+    alone = [predict(model, Examples([ids], examples.targets[:1]), pad_id=0)[0] for ids in examples.ids]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-6, rtol=1e-5)
+    assert model.training
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (3, 6, 9)))
+    metrics = MetricsFile(path, step=6)
+    metrics.write({"step": 7})
+    assert [line["step"] for line in read_metrics(path)] == [3, 6, 7]
+
+
+def test_a_checkpoint_loads_as_it_was_saved(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "given.json"
+    tokenizer.write_text("{}")
+    model = Classifier(CONFIG).eval()
+    save_checkpoint(tmp_path / "best", CONFIG, model, tokenizer=tokenizer, provenance={"seed": 1})
+    config, loaded = load_checkpoint(tmp_path / "best")
+    assert config == CONFIG
+    assert_same_weights(loaded, model)
+    assert not loaded.training
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "train.json",
+    ]

@@ -1,0 +1,179 @@
+"""model.verify: passes what was exported, and finds each way in which a bundle can be wrong, all of them at once.
+
+The bundles here are broken with correct checksums: what is found is found by running the graph.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from tiny import CONFIG, GRAPH_FILE, change_graph, change_manifest, confident_rows
+
+from model.data import Row
+from model.verify import MAX_DIFFERENCE, Report, Subject, correlation, judged, main, verify
+
+
+@pytest.fixture(params=["float32", "int8"])
+def bundle(request: pytest.FixtureRequest, tiny_bundles: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(tiny_bundles[request.param], tmp_path / request.param))
+
+
+def failed(report: Report) -> dict[str, str]:
+    return {check.name: check.found for check in report.checks if not check.passed}
+
+
+def test_what_was_exported_passes(bundle: Path, tiny_checkpoint: Path) -> None:
+    report = verify(bundle, tiny_checkpoint)
+    assert report.passed, report.text()
+    assert [check.name for check in report.checks] == ["facts", "interface", "shapes", "values", "batched == alone"]
+    assert report.facts()["passed"] is True
+
+
+def negate(graph: onnx.ModelProto) -> None:
+    """One matrix of the second block with the wrong sign."""
+    (tensor,) = (one for one in graph.graph.initializer if one.name == "blocks.1.attention.output.weight")
+    tensor.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(tensor), tensor.name))
+
+
+def test_a_corrupted_weight_is_found(bundle: Path, tiny_checkpoint: Path) -> None:
+    change_graph(bundle, negate)
+    found = failed(verify(bundle, tiny_checkpoint))
+    assert set(found) == {"values"}
+    assert "largest difference" in found["values"]
+
+
+def test_one_corrupted_number_is_found(tiny_bundles: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def corrupt(graph: onnx.ModelProto) -> None:
+        (tensor,) = (one for one in graph.graph.initializer if one.name == "blocks.0.attention.qkv.weight")
+        values = numpy_helper.to_array(tensor).copy()
+        values[0, 0] += 0.5
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    copy = Path(shutil.copytree(tiny_bundles["float32"], tmp_path / "copy"))
+    change_graph(copy, corrupt)
+    assert set(failed(verify(copy, tiny_checkpoint))) == {"values"}
+
+
+def test_a_flipped_bit_is_found_by_its_checksum(bundle: Path, tiny_checkpoint: Path) -> None:
+    content = bytearray((bundle / GRAPH_FILE).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / GRAPH_FILE).write_bytes(content)
+    assert "sha256" in failed(verify(bundle, tiny_checkpoint))["loads"]
+
+
+def rename_output(graph: onnx.ModelProto) -> None:
+    graph.graph.output[0].name = "scores"
+    (node,) = (one for one in graph.graph.node if "logits" in one.output)
+    node.output[0] = "scores"
+
+
+def rename_in_manifest(values: dict[str, Any]) -> None:
+    values["graphs"]["classify"]["outputs"][0]["name"] = "scores"
+
+
+def test_a_renamed_output_is_found(bundle: Path, tiny_checkpoint: Path) -> None:
+    change_graph(bundle, rename_output)
+    assert "outputs are ['scores'], expected ['logits']" in failed(verify(bundle, tiny_checkpoint))["loads"]
+    change_manifest(bundle, rename_in_manifest)
+    assert "interface" in failed(verify(bundle, tiny_checkpoint))
+
+
+def freeze_axis(graph: onnx.ModelProto) -> None:
+    for value in graph.graph.input:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param == "tokens":
+                axis.dim_value = 8
+
+
+def freeze_in_manifest(values: dict[str, Any]) -> None:
+    for tensor in values["graphs"]["classify"]["inputs"]:
+        tensor["axes"] = [8 if axis == "tokens" else axis for axis in tensor["axes"]]
+
+
+def test_a_frozen_axis_is_found(bundle: Path, tiny_checkpoint: Path) -> None:
+    change_graph(bundle, freeze_axis)
+    assert "has axes [8], expected ['tokens']" in failed(verify(bundle, tiny_checkpoint))["loads"]
+    change_manifest(bundle, freeze_in_manifest)
+    assert {"interface", "shapes"} <= set(failed(verify(bundle, tiny_checkpoint)))
+
+
+def mix_rows(graph: onnx.ModelProto) -> None:
+    """Adds a thousandth of the batch's mean to every row: too little for the values, enough for the bits."""
+    (node,) = (one for one in graph.graph.node if "logits" in one.output)
+    node.output[0] = "own"
+    graph.graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "rows"))
+    graph.graph.initializer.append(numpy_helper.from_array(np.float32(1e-5), "little"))
+    graph.graph.node.extend(
+        [
+            helper.make_node("ReduceMean", ["own", "rows"], ["mean"]),
+            helper.make_node("Mul", ["mean", "little"], ["leak"]),
+            helper.make_node("Add", ["own", "leak"], ["logits"]),
+        ]
+    )
+
+
+def test_a_result_that_depends_on_its_neighbours_is_found(bundle: Path, tiny_checkpoint: Path) -> None:
+    change_graph(bundle, mix_rows)
+    assert set(failed(verify(bundle, tiny_checkpoint))) == {"batched == alone"}
+
+
+def test_all_failures_are_reported_not_the_first(bundle: Path, tiny_checkpoint: Path) -> None:
+    change_graph(bundle, negate)
+    change_graph(bundle, mix_rows)
+    change_manifest(bundle, lambda values: values.update(labels=["POSITIVE", "NEGATIVE"]))
+    report = verify(bundle, tiny_checkpoint)
+    assert set(failed(report)) == {"facts", "values", "batched == alone"}
+    assert report.text().count("FAIL") == 3
+    assert "labels" in failed(report)["facts"]
+
+
+def test_another_tokenizer_is_found(bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    assert "tokenizer.json" in failed(verify(bundle, other))["facts"]
+
+
+def test_quality_is_measured_on_labelled_rows(bundle: Path, tiny_checkpoint: Path) -> None:
+    rows = confident_rows(30, seed=0)
+    report = verify(bundle, tiny_checkpoint, rows=[*rows, *(Row(row.text, 1 - row.label) for row in rows[:10])])
+    assert report.passed, report.text()
+    assert report.quality == {"rows": 40, "accuracy": 0.75, "accuracy_of_checkpoint": 0.75, "label_agreement": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "agreement", "is_exact", "passed"),
+    [
+        (0.917, 0.99, False, True),
+        (0.916, 0.99, False, False),  # 0.4 points lost
+        (0.920, 0.96, False, False),  # other labels
+        (0.920, 0.99, True, False),  # float32 has no excuse
+        (0.925, 0.99, False, True),
+    ],
+)
+def test_quality_is_judged(accuracy: float, agreement: float, is_exact: bool, passed: bool) -> None:
+    subject = type("Fake", (), {"is_exact": is_exact})
+    measured = {"accuracy": accuracy, "accuracy_of_checkpoint": 0.92, "label_agreement": agreement}
+    assert judged(measured, subject)[0] is passed  # type: ignore[arg-type]
+
+
+def test_correlation_sees_through_offsets_but_not_through_signs() -> None:
+    rows = np.random.default_rng(0).normal(size=(20, CONFIG.num_labels)).astype(np.float32)
+    assert correlation(rows + np.float32([1, -2]), rows) == pytest.approx(1, abs=1e-5)
+    assert correlation(-rows, rows) == pytest.approx(-1, abs=1e-5)
+    assert MAX_DIFFERENCE == 1e-4
+    assert Subject.is_exact
+
+
+def test_the_command_says_what_it_found(
+    bundle: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(bundle), str(tiny_checkpoint)]) == 0
+    assert "ok   values" in capsys.readouterr().out
+    change_graph(bundle, negate)
+    assert main([str(bundle), str(tiny_checkpoint)]) == 1
+    assert "FAIL values" in capsys.readouterr().out
