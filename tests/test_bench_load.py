@@ -1,0 +1,313 @@
+"""The bench's load generators and server processes, against servers whose answers are known."""
+
+import asyncio
+import itertools
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from bench.figures import arrivals
+from bench.generator import Load, measure
+from bench.http1 import reply_length, request_bytes
+from bench.http2 import DATA, END_STREAM, frame, grpc_message
+from bench.loads import LoadFailed, has_wrk, run_generator, run_wrk
+from bench.servers import Server, ServerFailed, ask, awake, free_port, running
+
+# --- the wires, against servers that are not ours
+
+SENTENCES = ("good", "bad " * 40, "fine")
+
+
+class HttpServer:
+    """Answers every POST with the length of its body, or with a status for a body that asks for one."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                body = await reader.readexactly(reply_length(head))
+                self.bodies.append(body)
+                status = b"500 Oh" if body == b"fail" else b"200 OK"
+                reply = json.dumps({"label": "POSITIVE", "length": len(body)}).encode()
+                writer.write(b"HTTP/1.1 %s\r\ncontent-length: %d\r\n\r\n" % (status, len(reply)))
+                await asyncio.sleep(0)  # the body comes in a segment of its own
+                writer.write(reply)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def http_server() -> AsyncIterator[tuple[HttpServer, int]]:
+    fake = HttpServer()
+    server = await asyncio.start_server(fake.serve, "127.0.0.1", 0)
+    try:
+        yield fake, server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+Answer = Callable[[bytes], Awaitable[bytes]]
+
+
+@asynccontextmanager
+async def grpc_server(answer: Answer) -> AsyncIterator[int]:
+    """A real gRPC server that answers bytes with bytes: /bench/Unary and /bench/Stream."""
+
+    async def unary(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            return await answer(request)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def stream(requests: AsyncIterator[bytes], _: object) -> AsyncIterator[bytes]:
+        async for request in requests:
+            yield await answer(request)
+
+    methods = {
+        "Unary": grpc.unary_unary_rpc_method_handler(unary),
+        "Stream": grpc.stream_stream_rpc_method_handler(stream),
+    }
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(None)
+
+
+def load(wire: str, port: int, **changes: object) -> Load:
+    paths = {"http": "/classify", "grpc": "/bench/Unary", "stream": "/bench/Stream"}
+    plain: dict[str, object] = {
+        "wire": wire,
+        "host": "127.0.0.1",
+        "port": port,
+        "path": paths[wire],
+        "bodies": SENTENCES,
+        "concurrency": 4,
+        "connections": 4 if wire == "http" else 1,
+        "seconds": 0.3,
+        "warm_up_s": 0.05,
+    }
+    return Load(**{**plain, **changes})  # type: ignore[arg-type]
+
+
+async def test_closed_loop_over_http_sends_the_bodies_in_turn() -> None:
+    async with http_server() as (fake, port):
+        found = await measure(load("http", port))
+    assert found.errors == 0
+    assert found.requests <= len(fake.bodies)
+    assert found.rate == pytest.approx(found.requests / 0.3)
+    assert found.latency.p50 <= found.latency.p99 <= found.latency.worst
+    assert fake.bodies[:3] == [text.encode() for text in SENTENCES]
+
+
+async def test_http_failures_are_counted_and_not_timed() -> None:
+    async with http_server() as (_, port):
+        found = await measure(load("http", port, bodies=("fail",)))
+    assert found.errors > 0
+    assert found.requests == 0
+
+
+async def test_poisson_arrivals_over_http_keep_their_rate() -> None:
+    async with http_server() as (fake, port):
+        planned = load("http", port, rate=200.0, seconds=1.0, concurrency=16, connections=16)
+        found = await measure(planned)
+    assert found.errors == 0
+    schedule = arrivals(200.0, 1.05, seed=0)
+    assert len(fake.bodies) == len(schedule)
+    assert found.requests == sum(at >= 0.05 for at in schedule)
+
+
+async def test_open_loop_counts_the_wait_behind_a_stall() -> None:
+    # One slot, about 50 arrivals in half a second, 50 ms each: the last one waits for all that came before it.
+    async def slow(_: bytes) -> bytes:
+        await asyncio.sleep(0.05)
+        return b"\x0a\x00"
+
+    async with grpc_server(slow) as port:
+        found = await measure(load("grpc", port, rate=100.0, seconds=0.5, warm_up_s=0.0, concurrency=1))
+    assert found.requests == len(arrivals(100.0, 0.5, seed=0))
+    assert found.latency.worst > 10 * 0.05
+
+
+@pytest.mark.parametrize("wire", ["grpc", "stream"])
+async def test_grpc_messages_arrive_whole_and_in_turn(wire: str) -> None:
+    seen: list[bytes] = []
+
+    async def note(request: bytes) -> bytes:
+        seen.append(request)
+        return b"\x0a\x00"
+
+    async with grpc_server(note) as port:
+        found = await measure(load(wire, port))
+    assert found.errors == 0
+    assert found.requests <= len(seen)
+    assert seen[:3] == [text.encode() for text in SENTENCES]
+
+
+async def test_stream_goes_on_past_the_flow_control_window() -> None:
+    # 40 messages of 20 kB in flight are many times the initial window of 64 kB, and each is longer than a frame.
+    lengths: list[int] = []
+
+    async def note(request: bytes) -> bytes:
+        lengths.append(len(request))
+        return b"\x0a\x00"
+
+    async with grpc_server(note) as port:
+        found = await measure(load("stream", port, bodies=("x" * 20_000,), concurrency=40))
+    assert found.errors == 0
+    assert len(lengths) >= 40
+    assert set(lengths) == {20_000}
+
+
+async def test_grpc_status_errors_are_counted() -> None:
+    async def refuse(_: bytes) -> bytes:
+        raise ValueError("no")
+
+    async with grpc_server(refuse) as port:
+        found = await measure(load("grpc", port))
+    assert found.errors > 0
+    assert found.requests == 0
+
+
+async def test_stream_error_replies_are_counted() -> None:
+    async def error_reply(_: bytes) -> bytes:
+        return b"\x12\x00"
+
+    async with grpc_server(error_reply) as port:
+        found = await measure(load("stream", port))
+    assert found.errors > 0
+    assert found.requests == 0
+
+
+async def test_generator_process_measures_like_the_function() -> None:
+    async with http_server() as (fake, port):
+        found = await asyncio.to_thread(run_generator, load("http", port))
+        with pytest.raises(LoadFailed, match="load generator failed"):
+            await asyncio.to_thread(run_generator, load("http", free_port()))
+    assert found.errors == 0
+    assert found.requests <= len(fake.bodies)
+    assert fake.bodies[:3] == [text.encode() for text in SENTENCES]
+
+
+@pytest.mark.skipif(not has_wrk(), reason="wrk is not installed")
+async def test_wrk_sends_every_body_and_reports(tmp_path: Path) -> None:
+    lines = [json.dumps({"input": text}) for text in SENTENCES]
+    (tmp_path / "bodies").write_text("\n".join(lines) + "\n")
+    async with http_server() as (fake, port):
+        url = f"http://127.0.0.1:{port}/classify"
+        found = await asyncio.to_thread(run_wrk, url, tmp_path / "bodies", concurrency=1, seconds=1)
+    assert found.errors == 0
+    assert found.requests <= len(fake.bodies)
+    seen = [lines.index(body.decode()) for body in fake.bodies]
+    # wrk itself takes a request or more to look at before it sends any, so only the turns are sure, not the first.
+    assert all(after == (before + 1) % 3 for before, after in itertools.pairwise(seen))
+    assert seen
+    assert found.latency.p50 <= found.latency.p99 <= found.latency.worst
+
+
+def test_frames_and_messages_are_laid_out_as_the_protocols_say() -> None:
+    assert frame(DATA, END_STREAM, 3, b"ab") == b"\0\0\x02\0\x01\0\0\0\x03ab"
+    assert grpc_message(b"abc") == b"\0\0\0\0\x03abc"
+    assert request_bytes("h:1", "/p", b"{}").endswith(b"Content-Length: 2\r\n\r\n{}")
+    with pytest.raises(ValueError, match="Content-Length"):
+        reply_length(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked")
+
+
+# --- server processes
+
+FAKE = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Answers(BaseHTTPRequestHandler):
+    def do_POST(self):
+        text = json.loads(self.rfile.read(int(self.headers["content-length"])))["input"]
+        reply = json.dumps({"label": text.upper()}).encode()
+        self.send_response(400 if text == "fail" else 200)
+        self.send_header("content-length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
+"""
+
+
+def fake_server(code: str = FAKE) -> Server:
+    port = free_port()
+    return Server(
+        name="fake",
+        command=(sys.executable, "-c", code, str(port)),
+        port=port,
+        path="/",
+        body_of=lambda text: {"input": text},
+        label_of=lambda reply: str(reply["label"]),
+    )
+
+
+def test_server_process_answers_when_awake_and_not_when_suspended(tmp_path: Path) -> None:
+    with running(fake_server(), tmp_path) as process:
+        assert ask(process.server, "good") == "GOOD"
+        with pytest.raises(ServerFailed, match="status 400"):
+            ask(process.server, "fail")
+        process.suspend()
+        with pytest.raises(ServerFailed, match="timed out"):
+            ask(process.server, "good", timeout_s=0.3)
+        with awake(process):
+            assert ask(process.server, "good") == "GOOD"
+        process.suspend()
+    with pytest.raises(ServerFailed, match="refused"):
+        ask(process.server, "good")
+
+
+def test_server_that_dies_at_the_start_shows_its_log(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ServerFailed, match="out of cheese"),
+        running(fake_server("raise SystemExit('out of cheese')"), tmp_path),
+    ):
+        pass
+
+
+# Starts a child that outlives it unless it is killed too, in a session of its own as some servers' workers are.
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+""" + FAKE.replace("text.upper()", "str(child.pid)")
+
+
+def state_of(pid: int) -> str:
+    """The letter of /proc/PID/stat; "gone" when there is no such process or nobody has waited for it yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return "gone"
+    return "gone" if state == "Z" else state
+
+
+def test_workers_are_suspended_and_ended_with_their_server(tmp_path: Path) -> None:
+    with running(fake_server(PARENT), tmp_path) as process:
+        child = int(ask(process.server, "who ?"))
+        process.suspend()
+        wait_for(child, "T")
+        process.resume()
+        wait_for(child, "S")
+    wait_for(child, "gone")
+
+
+def wait_for(pid: int, state: str) -> None:
+    """Signals take effect a moment after they were sent."""
+    while state_of(pid) != state:
+        time.sleep(0.01)

@@ -1,0 +1,167 @@
+"""The command line, from outside: real processes, real signals, real sockets."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import fields
+
+import httpx
+import pytest
+from fakes import FakeBackend, until
+from processes import EXIT_TIMEOUT_S, attnd, free_ports, running, serving
+
+from service.config import Settings
+from service.metrics import Metrics
+from service.observed import Observed
+from service.rpc.server import RpcServer
+
+COMMANDS = ("serve", "worker", "gateway", "models")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_explains_every_command_and_flag(command):
+    done = attnd(*command.split(), "--help")
+    assert done.returncode == 0
+    wanted = COMMANDS if not command else ["--models" if command != "gateway" else "--worker HOST:PORT"]
+    assert all(word in done.stdout for word in wanted)
+
+
+def test_every_setting_is_a_flag_of_some_command():
+    helps = "".join(attnd(command, "--help").stdout for command in COMMANDS)
+    assert [name.name for name in fields(Settings) if f"--{name.name.replace('_', '-')} " not in helps] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra", "named"),
+    [
+        (("serve",), {"ATTND_HTTP_PROT": "1"}, "ATTND_HTTP_PROT is not a setting"),
+        (("serve",), {"ATTND_HTTP_PORT": "eighty"}, "ATTND_HTTP_PORT='eighty'"),
+        (("worker", "--threads=-1"), {}, "--threads='-1'"),
+        (("gateway",), {}, "worker: "),
+        (("gateway", "--worker=nowhere"), {}, "nowhere"),
+        (("serve", "--models=no-such-model"), {}, "no-such-model"),
+        (("models", "--models=no-such-model"), {}, "no-such-model"),
+        (("serve", "--no-such-flag=1"), {}, "--no-such-flag"),
+        (("gateway", "--worker=a:1", "--threads=1"), {}, "--threads"),
+        (("conquer",), {}, "conquer"),
+        ((), {}, "COMMAND"),
+    ],
+)
+def test_a_wrong_start_is_one_line_that_names_what_is_wrong(arguments, extra, named):
+    done = attnd(*arguments, extra=extra)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_port_that_is_taken_is_an_error_that_names_it():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = listener.getsockname()[1]
+        done = attnd("gateway", "--worker=127.0.0.1:1", f"--http-port={taken}")
+    assert done.returncode != 0
+    assert str(taken) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_models_prints_what_is_known_about_each():
+    done = attnd("models")
+    assert done.returncode == 0, done.stderr
+    shipped = {model["id"]: model for model in json.loads(done.stdout)}
+    assert shipped["sentiment"]["task"] == "classification"
+
+
+def test_nothing_is_left_in_the_home_directory(tmp_path):
+    assert attnd("models", extra={"HOME": str(tmp_path)}).returncode == 0
+    assert list(tmp_path.rglob("*")) == []
+
+
+@contextlib.asynccontextmanager
+async def worker(backend: FakeBackend) -> AsyncIterator[str]:
+    """A gRPC server over `backend` in this process; gives its address."""
+    settings = Settings(grpc_port=0)
+    server = RpcServer(Observed(backend, Metrics(settings.latency_buckets, {})), settings)
+    port = await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        backend.release()
+        await server.stop()
+
+
+async def end_of(process: asyncio.subprocess.Process) -> int:
+    async with asyncio.timeout(EXIT_TIMEOUT_S):
+        return await process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_drains_the_accepted_request_is_answered(backend, number):
+    (port,) = free_ports(1)
+    async with (
+        worker(backend) as address,
+        running("gateway", f"--worker={address}", f"--http-port={port}", ready_port=port) as process,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        backend.hold()
+        accepted = asyncio.create_task(client.post("/v1/classify", json={"input": "held"}))
+        await until(lambda: backend.num_waiting == 1)
+        process.send_signal(number)
+        await draining(client)
+        late = await client.post("/v1/classify", json={"input": "late"})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+        assert not accepted.done()
+        assert process.returncode is None
+        backend.release()
+        assert (await accepted).status_code == 200
+        assert await end_of(process) == 0
+
+
+async def draining(client: httpx.AsyncClient) -> None:
+    while (await client.get("/readyz")).status_code != 503:  # noqa: ASYNC110 - another process has no event for us
+        await asyncio.sleep(0.01)
+
+
+async def test_a_drain_has_an_end(backend):
+    (port,) = free_ports(1)
+    async with (
+        worker(backend) as address,
+        running(
+            "gateway", f"--worker={address}", f"--http-port={port}", "--drain-timeout=0.2", ready_port=port
+        ) as process,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        backend.hold()
+        stuck = asyncio.create_task(client.post("/v1/classify", json={"input": "held"}))
+        await until(lambda: backend.num_waiting == 1)
+        process.terminate()
+        await end_of(process)
+        with contextlib.suppress(httpx.TransportError):
+            assert (await stuck).status_code >= 500
+        await until(lambda: backend.num_cancelled == 1)
+
+
+async def test_serve_answers_over_http():
+    async with serving() as (http_port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{http_port}") as client:
+        body = {"input": ["a gripping, funny film", "two hours of my life gone"]}
+        reply = await client.post("/v1/classify", json=body)
+        assert [scores[0]["label"].lower() for scores in reply.json()["results"]] == ["positive", "negative"]
+
+
+async def test_a_gateway_over_a_worker_answers_as_serve_does():
+    grpc_port, metrics_port, http_port = free_ports(3)
+    body = {"input": ["a gripping, funny film", {"text": "fine", "text_pair": "not at all"}]}
+    async with (
+        serving() as (port, _),
+        running("worker", f"--grpc-port={grpc_port}", f"--metrics-port={metrics_port}", ready_port=metrics_port),
+        running("gateway", f"--worker=127.0.0.1:{grpc_port}", f"--http-port={http_port}", ready_port=http_port),
+        httpx.AsyncClient(timeout=60) as client,
+    ):
+        alone = (await client.post(f"http://127.0.0.1:{port}/v1/classify", json=body)).json()
+        split = (await client.post(f"http://127.0.0.1:{http_port}/v1/classify", json=body)).json()
+        assert split["results"] == alone["results"]
+        assert split["usage"] == alone["usage"]
+        metrics = (await client.get(f"http://127.0.0.1:{metrics_port}/metrics")).text
+        assert 'outcome="ok"' in metrics
