@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from service.errors import NotFound, TooLarge, Unsupported
 
 FunctionToApply = Literal["softmax", "sigmoid", "none"]
+TopK = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what every wire format can carry
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 MAX_INPUTS = 16_384  # inputs a request whatever the settings, so that even validating it is soon over
@@ -66,7 +67,7 @@ class ClassifyRequest:
 
     input: Inputs
     model: ModelId | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: TopK | None = None
     function_to_apply: FunctionToApply | None = None
     truncate: bool = True
 

@@ -309,5 +309,8 @@ def test_workers_are_suspended_and_ended_with_their_server(tmp_path: Path) -> No
 
 def wait_for(pid: int, state: str) -> None:
     """Signals take effect a moment after they were sent."""
-    while state_of(pid) != state:
+    for _ in range(3000):
+        if state_of(pid) == state:
+            return
         time.sleep(0.01)
+    pytest.fail(f"process {pid} is in state {state_of(pid)}, not {state}")

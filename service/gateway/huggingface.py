@@ -5,13 +5,13 @@ A list of inputs is a batch; the model is the path's, or the one that can do the
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import orjson
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from service.domain import Classification, ClassifyRequest, FunctionToApply, Inputs, ModelInfo
+from service.domain import Classification, ClassifyRequest, FunctionToApply, Inputs, ModelInfo, TopK
 from service.validation import invalid
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -21,7 +21,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 class Parameters:
     """What transformers' text classification pipeline calls them; a parameter that is not known is an error."""
 
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: TopK | None = None
     function_to_apply: FunctionToApply | None = None
     truncation: bool = True
 

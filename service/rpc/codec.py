@@ -17,8 +17,6 @@ from service.rpc import errors
 from service.rpc.pb.attnd.v1 import inference_pb2 as pb
 from service.validation import invalid
 
-_MAX_UINT32 = 2**32 - 1
-
 _FUNCTIONS: dict[FunctionToApply | None, pb.FunctionToApply] = {
     None: pb.FUNCTION_TO_APPLY_UNSPECIFIED,
     "softmax": pb.FUNCTION_TO_APPLY_SOFTMAX,
@@ -35,8 +33,7 @@ def encode_request(request: ClassifyRequest) -> pb.ClassifyRequest:
         return pb.ClassifyRequest(
             inputs=inputs,
             model=request.model,
-            # A request for more labels than a uint32 counts asks for all of them.
-            top_k=None if request.top_k is None else min(request.top_k, _MAX_UINT32),
+            top_k=request.top_k,
             function_to_apply=_FUNCTIONS[request.function_to_apply],
             truncate=request.truncate,
         )

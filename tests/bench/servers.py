@@ -1,7 +1,8 @@
 """Server processes: started, asked whether they are ready, stopped for the time that another is measured, ended.
 
 A server that is not being measured is suspended (SIGSTOP for it and all its descendants), so it takes none of the
-cores that it shares with the one that is. Linux only: descendants are read from /proc. Knows no API: a `Server` says how it is started and how it is spoken to.
+cores that it shares with the one that is. Linux only: descendants are read from /proc. Knows no API: a `Server` says
+how it is started and how it is spoken to.
 """
 
 import http.client
