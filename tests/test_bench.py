@@ -71,9 +71,9 @@ def test_ratio_pairs_rounds() -> None:
     assert ratio_of([80.0, 40.0, 90.0], [100.0, 50.0, 100.0]) == Ratio(median=0.8, low=0.8, high=0.9)
 
 
-@pytest.mark.parametrize(("top", "bottom"), [([], []), ([1.0], []), ([1.0], [1.0, 2.0])])
-def test_ratio_refuses_unpaired_rounds(top: list[float], bottom: list[float]) -> None:
-    with pytest.raises(ValueError, match="pair"):
+@pytest.mark.parametrize(("top", "bottom"), [([], []), ([1.0], []), ([1.0], [1.0, 2.0]), ([1.0, 1.0], [1.0, 0.0])])
+def test_ratio_refuses_rounds_that_do_not_compare(top: list[float], bottom: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"pair|nothing"):
         ratio_of(top, bottom)
 
 
@@ -128,6 +128,15 @@ def test_verdicts_of_a_run_without_peers_leave_them_open() -> None:
     for peer in ("pipeline", "litserve", "bentoml"):
         del rounds.samples[f"{peer} rest c32"]
     assert [verdict.is_met for verdict in verdicts(rounds)] == [True, False, True, None, None, True, True]
+
+
+def test_peer_that_answered_nothing_is_not_beaten() -> None:
+    rounds = measured()
+    for peer in ("litserve", "bentoml"):
+        rounds.samples[f"{peer} rest c32"][1] = sample(0.0)
+    best_peer = verdicts(rounds)[4]
+    assert best_peer.is_met is None
+    assert json.loads(json.dumps(summary(rounds, {}), allow_nan=False))["verdicts"][4]["ratio"] is None
 
 
 def test_report_shows_every_point_and_verdict() -> None:

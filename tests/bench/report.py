@@ -61,7 +61,8 @@ def verdicts(rounds: Rounds) -> list[Verdict]:
 
 
 def _ratio(top: Sequence[float], bottom: Sequence[float]) -> Ratio | None:
-    return ratio_of(top, bottom) if top and bottom else None
+    """None where a side was left out of the run, or answered nothing in some round."""
+    return ratio_of(top, bottom) if top and bottom and min(bottom) > 0 else None
 
 
 def table(rounds: Rounds) -> str:
