@@ -36,7 +36,7 @@ class Settings:
     provider: Annotated[Literal["cpu", "cuda"], "ONNX Runtime execution provider"] = "cpu"
     provider_fallback: Annotated[bool, "use the CPU when the wanted provider is not there, instead of failing"] = False
     threads: Annotated[int, Field(ge=0), "compute threads (0: what affinity and cgroup quota give)"] = 0
-    max_batch_tokens: Annotated[Positive, "padded tokens in one batch, at the most"] = 2048
+    max_batch_tokens: Annotated[Positive, "padded tokens in one batch, at the most; more leave the cache"] = 384
     max_queue: Annotated[Positive, "inputs that may wait for the engine before requests are refused"] = 2048
     max_inputs: Annotated[int, Field(ge=1, le=MAX_INPUTS), "inputs in one request, at the most"] = 1024
     max_body_bytes: Annotated[Positive, "bytes of one request, at the most"] = 2_097_152
