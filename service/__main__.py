@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from service.backend import Backend
 from service.config import Settings, add_flags, load_settings
@@ -19,6 +20,9 @@ from service.errors import AttndError, ConfigError
 from service.logs import configure_logging, write_request_line
 from service.metrics import Metrics
 from service.observed import Observed
+
+if TYPE_CHECKING:
+    from service.worker.local import LocalBackend
 
 GIL_SWITCH_SECONDS = 0.0005  # engine threads hand back results while the event loop is busy; the default is 5 ms
 
@@ -110,23 +114,24 @@ async def _start_status(backend: Observed, metrics: Metrics, settings: Settings)
     return server.stop
 
 
-async def _serve(settings: Settings) -> None:
+def _local_backend(settings: Settings, metrics: Metrics) -> "LocalBackend":
     from service.worker.load import load_classifiers
     from service.worker.local import LocalBackend
 
+    return LocalBackend(lambda: load_classifiers(settings, metrics), drain_timeout_s=settings.drain_timeout)
+
+
+async def _serve(settings: Settings) -> None:
     metrics = _make_metrics(settings)
-    local = LocalBackend(lambda: load_classifiers(settings, metrics), drain_timeout_s=settings.drain_timeout)
+    local = _local_backend(settings, metrics)
     backend = _observed(local, metrics, settings)
     edges = [await _start_http(backend, metrics, settings), await _start_rpc(backend, settings)]
     await _run(backend, edges, local.start)
 
 
 async def _worker(settings: Settings) -> None:
-    from service.worker.load import load_classifiers
-    from service.worker.local import LocalBackend
-
     metrics = _make_metrics(settings)
-    local = LocalBackend(lambda: load_classifiers(settings, metrics), drain_timeout_s=settings.drain_timeout)
+    local = _local_backend(settings, metrics)
     backend = _observed(local, metrics, settings)
     edges = [await _start_status(backend, metrics, settings), await _start_rpc(backend, settings)]
     await _run(backend, edges, local.start)

@@ -74,27 +74,6 @@ TEACHER = TrainConfig(
 FIRST = TrainConfig(learning_rate=7e-5, epochs=2, batch_size=32, average=0.98, precision="bfloat16", seed=2)
 SECOND = TrainConfig(learning_rate=1e-4, epochs=2, batch_size=32, average=0.98, precision="bfloat16", seed=5)
 WIDE = TrainConfig(learning_rate=8e-5, epochs=1, batch_size=32, average=0.98, precision="bfloat16", seed=7)
-HARD = 0.3  # share of the label in a student's targets, the rest is the teacher's
-STAGES = ("plain", "teacher", "taught", "first", "second", "wide", "best")
-CHUNK = 2000  # texts that the teacher labels between two saves
-
-PLAIN = TrainConfig(learning_rate=5e-5, epochs=2, batch_size=32, average=0.98, precision="bfloat16", seed=1)
-TEACHER = TrainConfig(
-    learning_rate=4e-5,
-    epochs=1,
-    last_update=340,  # two thirds of the schedule: the average of the weights is good enough by then
-    batch_size=24,
-    average=0.99,
-    average_every=1,
-    precision="bfloat16",
-    seed=1,
-    evaluate_every=170,
-    save_every=85,
-)
-STUDENTS = (
-    TrainConfig(learning_rate=7e-5, epochs=2, batch_size=32, average=0.98, precision="bfloat16", seed=2),
-    TrainConfig(learning_rate=5e-5, epochs=2, batch_size=32, average=0.98, precision="bfloat16", seed=3),
-)
 
 
 @dataclass(frozen=True)

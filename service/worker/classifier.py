@@ -57,8 +57,7 @@ class Classifier:
 
     def start(self) -> None:
         self._asyncio = asyncio.get_running_loop()
-        self._depth = self._metrics.queue_depth.labels(self.info.id)
-        self._depth.set_function(lambda: self._loop.num_waiting)
+        self._metrics.queue_depth.labels(self.info.id).set_function(lambda: self._loop.num_waiting)
         self._loop.start()
 
     @property
