@@ -22,6 +22,7 @@ class ModelConfig:
     feed_forward: int  # d_ff, the inner width of the feed-forward network
     max_length: int  # the number of positions
     num_kv_heads: int | None = None  # grouped-query attention when fewer than num_heads; None: as many as num_heads
+    num_decoder_layers: int | None = None  # of an encoder-decoder's decoder; None: num_layers
     num_types: int = 0  # segment types (BERT: 2); 0: none
     norm: Literal["layer", "rms"] = "layer"
     norm_order: Literal["pre", "post"] = "post"

@@ -10,14 +10,15 @@ import random
 import re
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+B = TypeVar("B")
 SST2_URL = "https://dl.fbaipublicfiles.com/glue/data/SST-2.zip"
 LABELS = ("NEGATIVE", "POSITIVE")
 
@@ -38,6 +39,20 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Batches(Generic[B]):
+    """The batches of one epoch, each made when it is asked for."""
+
+    order: list[list[int]]  # the indices of each batch
+    make: Callable[[Sequence[int]], B]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, at: int) -> B:
+        return self.make(self.order[at])
+
+
+@dataclass(frozen=True)
 class Examples:
     """Encoded texts and, for each, a probability for every label: one-hot for a human's label, soft for a teacher's."""
 
@@ -49,6 +64,10 @@ class Examples:
 
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.ids]
+
+    def epoch(self, number: int, *, batch_size: int, seed: int, pad_id: int) -> Batches[Batch]:
+        order = length_grouped(self.lengths(), batch_size, seed=seed)
+        return Batches(order, lambda indices: self.batch(indices, pad_id))
 
     def batch(self, indices: Sequence[int], pad_id: int) -> Batch:
         chosen = [self.ids[i] for i in indices]

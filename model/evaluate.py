@@ -1,6 +1,8 @@
-"""Scores a classifier: logits in the order of the examples, accuracy, loss; owns no data and no training."""
+"""Scores a classifier (accuracy, loss) or translations (BLEU, chrF); owns no data and no training."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,3 +41,34 @@ def mean_loss(logits: Tensor, targets: Tensor) -> float:
 def standard_error(share: float, count: int) -> float:
     """Of an accuracy measured on `count` independent examples."""
     return math.sqrt(share * (1 - share) / count)
+
+
+class Score(NamedTuple):
+    """A figure and the signature that says how it was computed."""
+
+    value: float
+    signature: str
+
+
+def bleu(hypotheses: Sequence[str], references: Sequence[str], *, tokenize: str = "13a") -> Score:
+    """Corpus BLEU (Papineni et al. 2002) by sacrebleu (Post 2018); `tokenize` is "none" for text already in tokens."""
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU(tokenize=tokenize, force=True)
+    return Score(metric.corpus_score(list(hypotheses), [list(references)]).score, str(metric.get_signature()))
+
+
+def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
+    """Character F-score (Popovic 2015) by sacrebleu."""
+    from sacrebleu.metrics import CHRF
+
+    metric = CHRF()
+    return Score(metric.corpus_score(list(hypotheses), [list(references)]).score, str(metric.get_signature()))
+
+
+def moses_tokens(texts: Sequence[str], language: str) -> list[str]:
+    """Lower-cased, punctuation normalised, in tokens, as the Moses scripts do: the form in which Multi30k is scored."""
+    from sacremoses import MosesPunctNormalizer, MosesTokenizer
+
+    normalizer, tokenizer = MosesPunctNormalizer(language), MosesTokenizer(language)
+    return [tokenizer.tokenize(normalizer.normalize(text.lower()), return_str=True) for text in texts]

@@ -1,4 +1,4 @@
-"""The training loop of classifiers: AdamW, schedule, length-grouped batches, clipping, averaging, checkpoints, curves.
+"""The training loop: AdamW, schedule, clipping, averaging, checkpoints. What is trained is a loss and a data set.
 
 A run owns a directory: `state.safetensors` (everything that resuming needs, replaced atomically), `metrics.jsonl`,
 `curve.png`, and at the end the model itself (`model.safetensors`, `config.json`, `tokenizer.json`, `train.json`). A
@@ -7,27 +7,35 @@ state holds weights, moments, average and the random generator.
 """
 
 import json
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.config import ModelConfig
-from model.data import Batch, Examples, length_grouped
+from model.curve import Metrics, MetricsFile, plot
+from model.data import Batch, Batches
+from model.optimizer import depth, learning_rate_scale, parameter_groups
 from model.transformer import Classifier
 
-Metrics = dict[str, float]
+Loss = Callable[[nn.Module, Any], Tensor]  # of a model and a batch
+M = TypeVar("M", bound=nn.Module)
+
+
+class DataSet(Protocol):
+    """Gives an epoch's batches; the same ones whenever it is asked with the same arguments."""
+
+    def epoch(self, number: int, *, batch_size: int, seed: int, pad_id: int) -> Batches[Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +45,10 @@ class TrainConfig:
     learning_rate: float
     epochs: int = 3
     last_update: int | None = None  # ends the run there, short of what its schedule was made for; None: at the end
-    batch_size: int = 32
+    batch_size: int = 32  # examples, or tokens: as the data set counts
+    schedule: Literal["linear", "inverse-sqrt"] = "linear"  # how the rate falls after the warm-up
     warmup: float = 0.1  # share of the updates during which the rate grows
+    beta2: float = 0.999  # decay of Adam's second moment
     weight_decay: float = 0.01
     layer_decay: float = 1.0  # the rate of each block is this times that of the block above it
     clip: float = 1.0  # largest norm of the gradient
@@ -48,75 +58,62 @@ class TrainConfig:
     seed: int = 0
     evaluate_every: int = 500  # updates
     save_every: int = 500  # updates
+    keep: int = 0  # how many of the latest evaluated weights stay as files, to be averaged (`mean_of_kept`)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainConfig":
+        """A field that the text does not know has its default."""
+        return cls(**json.loads(text))
 
 
-def learning_rate_scale(step: int, *, total: int, warmup: int) -> float:
-    """Linear from 0 to 1 over `warmup` updates, then linear to 0 at `total`; the first update has step 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(0.0, (total - step) / max(1, total - warmup))
-
-
-def depth(name: str, num_layers: int) -> int:
-    """How far a parameter is above the embeddings: 0 for those, 1 + i for block i, num_layers + 1 for the heads."""
-    if "embedding" in name:
-        return 0
-    parts = name.split(".")
-    return 1 + int(parts[parts.index("blocks") + 1]) if "blocks" in parts else num_layers + 1
-
-
-def parameter_groups(model: nn.Module, config: TrainConfig, num_layers: int) -> list[dict[str, Any]]:
-    """No weight decay on vectors (biases and norms), and the learning rate falling with depth."""
-    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        groups.setdefault((parameter.ndim > 1, depth(name, num_layers)), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if is_matrix else 0.0,
-            "scale": config.layer_decay ** (num_layers + 1 - level),
-        }
-        for (is_matrix, level), parameters in groups.items()
-    ]
+def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy with targets that are probabilities."""
+    return F.cross_entropy(model(batch.ids, batch.mask).float(), batch.targets)
 
 
 class Run:
     """One training run in its directory: the model, its optimizer and average, and the number of updates done."""
 
     def __init__(
-        self, directory: Path, model: nn.Module, config: TrainConfig, *, examples: Examples, pad_id: int
+        self,
+        directory: Path,
+        model: nn.Module,
+        config: TrainConfig,
+        *,
+        examples: DataSet,
+        pad_id: int,
+        loss: Loss = classification_loss,
     ) -> None:
         self.directory, self.model, self.config = directory, model, config
-        self.examples, self.pad_id, self.step = examples, pad_id, 0
+        self.examples, self.pad_id, self.loss, self.step = examples, pad_id, loss, 0
         num_layers = max(depth(name, 0) for name, _ in model.named_parameters())
         groups = parameter_groups(model, config, num_layers)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        betas = (0.9, config.beta2)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=1e-8, fused=True)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.averaged = [parameter.detach().clone() for parameter in self.parameters] if config.average else []
-        self.updates_an_epoch = math.ceil(len(examples) / config.batch_size)
-        self.total = self.updates_an_epoch * config.epochs
+        self.total = sum(len(self.epoch(number)) for number in range(config.epochs))
         self.last = self.total if config.last_update is None else config.last_update
         directory.mkdir(parents=True, exist_ok=True)
 
-    def batches(self) -> Iterator[Batch]:
-        """The batches that are still to come, from where `step` says."""
-        lengths = self.examples.lengths()
-        for epoch in range(self.step // self.updates_an_epoch, self.config.epochs):
-            order = length_grouped(lengths, self.config.batch_size, seed=self.config.seed * 1000 + epoch)
-            for indices in order[self.step - epoch * self.updates_an_epoch :]:
-                yield self.examples.batch(indices, self.pad_id)
+    def epoch(self, number: int) -> Batches[Any]:
+        seed = self.config.seed * 1000 + number
+        return self.examples.epoch(number, batch_size=self.config.batch_size, seed=seed, pad_id=self.pad_id)
 
-    def update(self, batch: Batch) -> float:
-        """One step of the optimizer; returns the loss, the cross-entropy with the targets."""
-        scale = learning_rate_scale(self.step, total=self.total, warmup=round(self.total * self.config.warmup))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * group["scale"] * scale
+    def batches(self) -> Iterator[Any]:
+        """The batches that are still to come, from where `step` says."""
+        passed = 0  # updates of the epochs before
+        for batches in map(self.epoch, range(self.config.epochs)):
+            for at in range(max(0, self.step - passed), len(batches)):
+                yield batches[at]
+            passed += len(batches)
+
+    def update(self, batch: Any) -> float:
+        """One step of the optimizer; returns the loss."""
+        self.set_rate()
         precision = getattr(torch, self.config.precision)
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            logits = self.model(batch.ids, batch.mask)
-        loss = F.cross_entropy(logits.float(), batch.targets)
+            loss = self.loss(self.model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
@@ -124,6 +121,12 @@ class Run:
         self.step += 1
         self.average()
         return loss.item()
+
+    def set_rate(self) -> None:
+        warmup, schedule = round(self.total * self.config.warmup), self.config.schedule
+        scale = learning_rate_scale(self.step, total=self.total, warmup=warmup, schedule=schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * group["scale"] * scale
 
     @property
     def rate(self) -> float:
@@ -150,6 +153,16 @@ class Run:
             parameter.data.copy_(mean)
             mean.copy_(kept)
 
+    def keep(self) -> None:
+        """Writes the weights as they are, and removes the oldest of those written before."""
+        if not self.config.keep:
+            return
+        folder = self.directory / "kept"
+        folder.mkdir(exist_ok=True)
+        save_model(self.model, str(folder / f"{self.step:07d}.safetensors"))
+        for path in sorted(folder.glob("*.safetensors"))[: -self.config.keep]:
+            path.unlink()
+
     def state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, and that does not follow from the configuration and the step."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -174,7 +187,7 @@ class Run:
             return False
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-        if json.loads(metadata["config"]) != asdict(self.config):
+        if TrainConfig.from_json(metadata["config"]) != self.config:
             raise ValueError(f"{path} was made by {metadata['config']}; remove it to train anew with {self.config}")
         self.restore(load_file(path))
         self.step = int(metadata["step"])
@@ -191,23 +204,6 @@ class Run:
             if self.averaged:
                 self.averaged[at].copy_(tensors[f"average/{name}"])
         torch.set_rng_state(tensors["generator"])
-
-
-class MetricsFile:
-    """metrics.jsonl, one JSON object a line; when a run resumes, lines after the saved step are dropped."""
-
-    def __init__(self, path: Path, *, step: int) -> None:
-        self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-    def write(self, values: Metrics) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-
-
-def read_metrics(path: Path) -> list[Metrics]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def train(run: Run, evaluate: Callable[[], Metrics], *, stop_at: int | None = None) -> None:
@@ -238,36 +234,13 @@ def train(run: Run, evaluate: Callable[[], Metrics], *, stop_at: int | None = No
 
 
 def evaluated(run: Run, evaluate: Callable[[], Metrics]) -> Metrics:
-    """What `evaluate` says of the average of the weights."""
+    """What `evaluate` says of the average of the weights, which are kept as a file if so configured."""
     run.swap_average()
     scores = evaluate()
+    run.keep()
     run.swap_average()
     run.model.train()
     return scores
-
-
-def plot(directory: Path) -> None:
-    """Draws metrics.jsonl as curve.png: the loss, and every other score on a second axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = read_metrics(directory / "metrics.jsonl")
-    if not lines:
-        return
-    steps = [line["step"] for line in lines]
-    figure, left = pyplot.subplots(figsize=(8, 4.5))
-    left.plot(steps, [line["loss"] for line in lines], color="tab:gray", label="training loss")
-    left.set(xlabel="update", ylabel="loss", title=directory.name)
-    right = left.twinx()
-    right.set_ylabel("accuracy")
-    for name in (name for name in lines[-1] if "accuracy" in name):
-        right.plot(steps, [line.get(name, math.nan) for line in lines], label=name)
-        right.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(directory / "curve.png", dpi=120)
-    pyplot.close(figure)
 
 
 def save_checkpoint(
@@ -275,17 +248,28 @@ def save_checkpoint(
 ) -> None:
     """Writes model.safetensors, config.json, tokenizer.json and train.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / "model.safetensors"
-    )
+    save_model(model, str(directory / "model.safetensors"))
     config.save(directory / "config.json")
     shutil.copyfile(tokenizer, directory / "tokenizer.json")
     (directory / "train.json").write_text(json.dumps(provenance, indent=2) + "\n")
 
 
-def load_checkpoint(directory: Path) -> tuple[ModelConfig, Classifier]:
-    """Reads what save_checkpoint wrote; the model is in evaluation mode."""
+def load_checkpoint(directory: Path, kind: type[M] = Classifier) -> tuple[ModelConfig, M]:  # type: ignore[assignment]
+    """Reads what save_checkpoint wrote of a model of this kind; the model is in evaluation mode."""
     config = ModelConfig.load(directory / "config.json")
-    model = Classifier(config)
-    model.load_state_dict(load_file(directory / "model.safetensors"))
+    model = kind(config)
+    load_model(model, directory / "model.safetensors")
     return config, model.eval()
+
+
+@torch.no_grad()
+def mean_of_kept(directory: Path, model: nn.Module) -> None:
+    """Gives the model the mean of the weights that a run kept as files (Vaswani et al. 2017, section 6.1)."""
+    paths = sorted((directory / "kept").glob("*.safetensors"))
+    sums = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for path in paths:
+        load_model(model, path)
+        for total, parameter in zip(sums, model.parameters(), strict=True):
+            total += parameter
+    for total, parameter in zip(sums, model.parameters(), strict=True):
+        parameter.copy_(total / len(paths))

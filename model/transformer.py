@@ -324,11 +324,11 @@ class Embedding(nn.Module):
 class Stack(nn.Module):
     """Embedding, blocks, and the final norm that pre-norm needs: what Encoder and Decoder have in common."""
 
-    def __init__(self, config: ModelConfig, *, has_cross: bool = False) -> None:
+    def __init__(self, config: ModelConfig, num_layers: int, *, has_cross: bool = False) -> None:
         super().__init__()
         self.embedding = Embedding(config)
         self.rotary = Rotary(config.head_width, config.rope_theta) if config.positions == "rotary" else None
-        self.blocks = nn.ModuleList(Block(config, has_cross=has_cross) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, has_cross=has_cross) for _ in range(num_layers))
         self.norm = make_norm(config) if config.norm_order == "pre" else None
 
     def embed(self, ids: Tensor, positions: Tensor, types: Tensor | None = None) -> tuple[Tensor, Rotation | None]:
@@ -343,7 +343,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.stack = Stack(config)
+        self.stack = Stack(config, config.num_layers)
         self.relative = RelativeBias(config.relative_buckets, config.num_heads) if config.relative_buckets else None
 
     def forward(
@@ -365,7 +365,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, *, has_cross: bool = False) -> None:
         super().__init__()
-        self.stack = Stack(config, has_cross=has_cross)
+        self.stack = Stack(config, config.num_decoder_layers or config.num_layers, has_cross=has_cross)
 
     def forward(
         self,

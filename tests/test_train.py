@@ -2,27 +2,33 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model.config import ModelConfig
+from model.curve import MetricsFile, read_metrics
 from model.data import Examples, length_grouped, one_hot
 from model.evaluate import accuracy, predict
+from model.objective import translation_loss
+from model.optimizer import learning_rate_scale, parameter_groups
+from model.pairs import EncodedPairs, Ragged, Variants
 from model.train import (
-    MetricsFile,
     Run,
     TrainConfig,
-    learning_rate_scale,
     load_checkpoint,
-    parameter_groups,
-    read_metrics,
+    mean_of_kept,
     save_checkpoint,
     train,
 )
-from model.transformer import Classifier
+from model.transformer import Classifier, EncoderDecoder
+from tests.tiny_translation import CONFIG as TRANSLATOR
+from tests.tiny_translation import tiny_translator
 
 CONFIG = ModelConfig(
     kind="encoder",
@@ -39,6 +45,19 @@ CONFIG = ModelConfig(
 )
 SCHEDULE = TrainConfig(
     learning_rate=1e-2, epochs=2, batch_size=4, average=0.9, average_every=1, evaluate_every=3, save_every=7
+)
+
+TRANSLATING = TrainConfig(
+    learning_rate=1e-2,
+    epochs=4,
+    batch_size=24,
+    schedule="inverse-sqrt",
+    beta2=0.98,
+    average=0.9,
+    average_every=1,
+    evaluate_every=3,
+    save_every=4,
+    keep=2,
 )
 
 
@@ -96,9 +115,29 @@ def test_a_state_of_another_configuration_is_refused(tmp_path: Path) -> None:
         make_run(tmp_path, replace(SCHEDULE, learning_rate=2e-2)).resume()
 
 
+def test_a_state_that_does_not_know_a_newer_field_has_its_default(tmp_path: Path) -> None:
+    train(make_run(tmp_path), no_scores, stop_at=7)
+    path = tmp_path / "state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    config = json.loads(metadata["config"])
+    del config["schedule"], config["beta2"], config["keep"]
+    save_file(load_file(path), path, metadata=metadata | {"config": json.dumps(config)})
+    run = make_run(tmp_path)
+    assert run.resume()
+    assert run.step == 7
+
+
 def test_schedule_grows_then_falls_to_zero() -> None:
     scale = [learning_rate_scale(step, total=10, warmup=4) for step in range(11)]
     assert scale == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0])
+
+
+def test_schedule_falls_with_the_inverse_square_root() -> None:
+    """Vaswani et al. 2017, equation 3: min(n^-0.5, n * w^-1.5), here as a share of its peak at n = w."""
+    scale = [learning_rate_scale(n - 1, total=50, warmup=4, schedule="inverse-sqrt") for n in range(1, 41)]
+    assert scale == pytest.approx([min(n**-0.5, n * 4**-1.5) * 4**0.5 for n in range(1, 41)])
+    assert scale[3] == 1.0
 
 
 def test_gradients_are_clipped_before_the_update(tmp_path: Path) -> None:
@@ -185,6 +224,54 @@ def test_predictions_keep_the_order_of_the_examples() -> None:
     assert model.training
 
 
+def make_translation_run(directory: Path, config: TrainConfig = TRANSLATING) -> Run:
+    draw = torch.Generator().manual_seed(5)
+    lists = [[*torch.randint(3, 40, (1 + index % 7,), generator=draw).tolist(), 2] for index in range(60)]
+    corpora = [EncodedPairs(Ragged.of(lists[at:][:20]), Ragged.of(lists[at + 20 :][:20])) for at in (0, 20)]
+    corpora.append(EncodedPairs(Ragged.of(lists), Ragged.of(lists)))
+    loss = partial(translation_loss, pad_id=0, smoothing=0.1, consistency=1.0)
+    return Run(directory, tiny_translator(), config, examples=Variants(corpora, 1), pad_id=0, loss=loss)
+
+
+@pytest.mark.parametrize("stop_at", [4, 9])
+def test_a_resumed_translation_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, stop_at: int) -> None:
+    """Epochs of different numbers of batches, and what was kept for averaging too."""
+    whole = make_translation_run(tmp_path / "whole")
+    assert len({len(whole.epoch(number)) for number in range(4)}) > 1
+    train(whole, no_scores)
+    train(make_translation_run(tmp_path / "cut"), no_scores, stop_at=stop_at)
+    resumed = make_translation_run(tmp_path / "cut")
+    torch.manual_seed(99)
+    train(resumed, no_scores)
+    assert resumed.step == whole.step == whole.total
+    assert_same_weights(resumed.model, whole.model)
+    for run in (whole, resumed):
+        mean_of_kept(run.directory, run.model)
+    assert_same_weights(resumed.model, whole.model)
+
+
+def test_the_latest_evaluated_weights_are_kept_and_averaged(tmp_path: Path) -> None:
+    run = make_translation_run(tmp_path)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look() -> dict[str, float]:
+        seen.append({name: parameter.detach().clone() for name, parameter in run.model.named_parameters()})
+        return {"validation_bleu": float(len(seen))}
+
+    train(run, look)
+    assert len(seen) > 2
+    mean_of_kept(tmp_path, run.model)
+    for name, parameter in run.model.named_parameters():
+        torch.testing.assert_close(parameter, (seen[-1][name] + seen[-2][name]) / 2)
+        assert not torch.equal(seen[-1][name], seen[-2][name])
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_the_second_moment_decays_as_configured(tmp_path: Path) -> None:
+    run = make_translation_run(tmp_path)
+    assert {group["betas"] for group in run.optimizer.param_groups} == {(0.9, 0.98)}
+
+
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (3, 6, 9)))
@@ -208,3 +295,16 @@ def test_a_checkpoint_loads_as_it_was_saved(tmp_path: Path) -> None:
         "tokenizer.json",
         "train.json",
     ]
+
+
+def test_a_tied_encoder_decoder_loads_as_it_was_saved(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "given.json"
+    tokenizer.write_text("{}")
+    model = tiny_translator()
+    save_checkpoint(tmp_path / "best", TRANSLATOR, model, tokenizer=tokenizer, provenance={})
+    config, loaded = load_checkpoint(tmp_path / "best", EncoderDecoder)
+    assert config == TRANSLATOR
+    assert_same_weights(loaded, model)
+    assert loaded.head.weight is loaded.decoder.stack.embedding.token.weight
+    assert len(loaded.encoder.stack.blocks) == 2
+    assert len(loaded.decoder.stack.blocks) == 1
