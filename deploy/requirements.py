@@ -10,7 +10,7 @@ import sys
 import tomllib
 
 UNNEEDED = {
-    "gateway": frozenset({"numpy", "onnxruntime", "tokenizers"}),
+    "gateway": frozenset({"gguf", "jinja2", "numpy", "onnxruntime", "tokenizers", "tqdm"}),
     "worker": frozenset({"fastapi"}),
 }
 

@@ -23,7 +23,7 @@ import torch
 
 from model.config import ModelConfig
 from model.data import Row, read_sst2
-from model.packed import INPUT_AXES, OUTPUT, PackedClassifier
+from model.packed import INPUT_AXES, PackedClassifier
 from model.quantize import Batch, calibrate, quantize
 from model.tokenization import encode, load_tokenizer
 from model.train import load_checkpoint
@@ -41,7 +41,7 @@ from service.worker.bundle import (
     file_spec,
     load_bundle,
 )
-from service.worker.engine import GRAPH, Tokens, pack, padded_length
+from service.worker.classification.engine import GRAPH, Tokens, pack, padded_length
 
 OPSET = 20  # the first with Gelu
 GRAPH_FILE = "classify.onnx"
@@ -81,8 +81,8 @@ def export(checkpoint: Path, out: Path, options: Options) -> None:
 
 def trace(model: PackedClassifier) -> onnx.ModelProto:
     """The float32 graph. Positions, batch and length stay open: the example sizes below leave no trace in it."""
-    example = pack([Tokens([0] * 3), Tokens([0] * 5)], padded_length(5))
-    axes = {axis: torch.export.Dim(axis) for axis in ("tokens", "batch", "length")}
+    example = pack([Tokens([0] * 3), Tokens([0] * 5), Tokens([0])], padded_length(5), watched=[0, 2])
+    axes = {axis: torch.export.Dim(axis) for axis in ("tokens", "batch", "length", "watched")}
     with warnings.catch_warnings(), quiet_exporter():
         warnings.simplefilter("ignore")  # of torch about torch
         program = torch.onnx.export(
@@ -90,7 +90,7 @@ def trace(model: PackedClassifier) -> onnx.ModelProto:
             kwargs={name: torch.from_numpy(array) for name, array in example.items()},
             dynamic_shapes={name: [axes[axis] for axis in names] for name, names in INPUT_AXES.items()},
             input_names=list(INPUT_AXES),
-            output_names=[OUTPUT],
+            output_names=list(model.outputs),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,

@@ -1,4 +1,4 @@
-"""bundle == checkpoint: interface, shapes, values, batch independence, quality. On the very engine that serves.
+"""bundle == checkpoint: interface, shapes, values, attention, batch independence, quality. On the engine that serves.
 
     python -m model.verify model/zoo/sentiment runs/sentiment/best --data FOLDER
 
@@ -21,17 +21,20 @@ from numpy.typing import NDArray
 from model.config import ModelConfig
 from model.data import Examples, Row, one_hot, read_sst2
 from model.evaluate import predict
-from model.packed import INPUT_AXES, OUTPUT
+from model.packed import INPUT_AXES, output_axes
 from model.tokenization import encode, load_tokenizer
 from model.train import load_checkpoint
 from model.transformer import Classifier
 from service.worker.bundle import TOKENIZER, Bundle, TensorSpec, file_spec, load_bundle
-from service.worker.engine import GRAPH, ClassificationEngine, Tokens
+from service.worker.classification.engine import GRAPH, ClassificationEngine, Tokens, Weights
 
 MAX_DIFFERENCE = 1e-4  # of float32 logits
 MIN_CORRELATION = 0.98  # of int8 logits with the reference's
 MIN_AGREEMENT = 0.97  # of int8 labels with the reference's
 MAX_ACCURACY_LOSS = 0.003
+MAX_ATTENTION_DIFFERENCE = 1e-4  # of float32 weights
+MIN_ATTENTION_CORRELATION = 0.95  # of a layer's int8 weights with the reference's
+MAX_SUM_ERROR = 1e-5  # of a row of weights, which sums to 1
 NUM_SAMPLES = 48
 NUM_NEIGHBOURS = 16  # in the largest batch that a sequence is compared in
 
@@ -80,9 +83,22 @@ class Subject:
     def served(self, sequences: Sequence[Ids]) -> Logits:
         return self.engine.logits([Tokens(ids) for ids in sequences])
 
+    def served_attention(self, sequences: Sequence[Ids]) -> tuple[Logits, list[Weights]]:
+        every = range(len(sequences))
+        batch = [Tokens(ids) for ids in sequences]
+        logits, weights = self.engine.attend(batch, range(self.config.num_layers), every)
+        return logits, [weights[at] for at in every]
+
     @torch.no_grad()
     def reference(self, sequences: Sequence[Ids]) -> Logits:
         return np.concatenate([self.model(torch.tensor([ids])).numpy() for ids in sequences])
+
+    @torch.no_grad()
+    def reference_attention(self, ids: Ids) -> Weights:
+        """By the model's explicit path, the one that keeps its weights."""
+        trace: list[torch.Tensor] = []
+        self.model(torch.tensor([ids]), trace=trace)
+        return {layer: weights[0].numpy() for layer, weights in enumerate(trace)}
 
 
 def verify(directory: Path, checkpoint: Path, *, rows: Sequence[Row] = ()) -> Report:
@@ -98,6 +114,7 @@ def verify(directory: Path, checkpoint: Path, *, rows: Sequence[Row] = ()) -> Re
         checked("interface", interface, subject),
         checked("shapes", shapes, subject),
         checked("values", values, subject, samples),
+        checked("attention", attention, subject, samples),
         checked("batched == alone", batched_alone, subject, samples),
     ]
     if not rows:
@@ -129,12 +146,14 @@ def interface(subject: Subject) -> tuple[bool, str]:
     """Names, types and open axes of the graph. (That the graph is what the manifest says, the session has checked.)"""
     spec = subject.bundle.graph(GRAPH)
     expected = [TensorSpec(name=name, dtype="int64", axes=axes) for name, axes in INPUT_AXES.items()]
-    expected.append(TensorSpec(name=OUTPUT, dtype="float32", axes=("batch", subject.config.num_labels)))
+    expected += [
+        TensorSpec(name=name, dtype="float32", axes=axes) for name, axes in output_axes(subject.config).items()
+    ]
     found = [*spec.inputs, *spec.outputs]
     wrong = [f"{ours} instead of {theirs}" for ours, theirs in zip(found, expected, strict=False) if ours != theirs]
     if len(found) != len(expected):
         wrong.append(f"{len(found)} inputs and outputs instead of {len(expected)}")
-    return not wrong, "; ".join(wrong) or f"{len(spec.inputs)} inputs, {len(spec.outputs)} output, axes open"
+    return not wrong, "; ".join(wrong) or f"{len(spec.inputs)} inputs, {len(spec.outputs)} outputs, axes open"
 
 
 def shapes(subject: Subject) -> tuple[bool, str]:
@@ -162,6 +181,34 @@ def correlation(ours: Logits, theirs: Logits) -> float:
     """Of all logits, each label's mean taken off, so that a constant offset between labels does not count."""
     a, b = ours - ours.mean(0), theirs - theirs.mean(0)
     return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-12))
+
+
+def attention(subject: Subject, samples: Sequence[Ids]) -> tuple[bool, str]:
+    """Every weight of every layer and head against PyTorch; each row sums to 1; batching changes neither bits nor
+    logits. float32 to MAX_ATTENTION_DIFFERENCE, int8 by the correlation of each layer.
+    """
+    logits, served = subject.served_attention(samples)
+    reference = [subject.reference_attention(ids) for ids in samples]
+    layers = range(subject.config.num_layers)
+    ours, theirs = ([flat(weights, layer) for layer in layers] for weights in (served, reference))
+    difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+    similarity = min(float(np.corrcoef(a, b)[0, 1]) for a, b in zip(ours, theirs, strict=True))
+    sum_error = max(float(np.abs(rows.sum(-1) - 1).max()) for weights in served for rows in weights.values())
+    alone = [subject.served_attention([ids])[1][0] for ids in samples]
+    is_same = np.array_equal(logits, subject.served(samples)) and all(
+        np.array_equal(one[layer], other[layer]) for one, other in zip(alone, served, strict=True) for layer in layers
+    )
+    is_true = difference <= MAX_ATTENTION_DIFFERENCE if subject.is_exact else similarity >= MIN_ATTENTION_CORRELATION
+    found = (
+        f"largest difference {difference:.2e}, lowest correlation of a layer {similarity:.5f}, rows sum to 1 within "
+    )
+    found += f"{sum_error:.1e}, {'bit-equal' if is_same else 'other bits'} in batches and beside plain logits"
+    return is_true and is_same and sum_error <= MAX_SUM_ERROR, found
+
+
+def flat(weights: Sequence[Weights], layer: int) -> NDArray[np.float32]:
+    """A layer's weights of all sequences in one row."""
+    return np.concatenate([one[layer].ravel() for one in weights])
 
 
 def batched_alone(subject: Subject, samples: Sequence[Ids]) -> tuple[bool, str]:

@@ -26,27 +26,35 @@ if TYPE_CHECKING:
 
 GIL_SWITCH_SECONDS = 0.0005  # engine threads hand back results while the event loop is busy; the default is 5 ms
 
-_COMMON = ("host", "request_timeout", "drain_timeout", "max_body_bytes", "api_key", "latency_buckets")
-_LOGS = ("log_level", "log_requests")
+_COMMON = ("host", "request_timeout", "drain_timeout", "max_body_bytes", "api_key")
+_LOGS = ("latency_buckets", "token_buckets", "vllm_metrics", "log_level", "log_requests")
 _WORK = (
     "models",
     "provider",
     "provider_fallback",
     "threads",
+    "cache",
     "max_batch_tokens",
     "max_queue",
     "max_inputs",
+    "max_attention_bytes",
+    "max_batch",
+    "max_queue_outputs",
+    "kv_cache_bytes",
+    "prefix_cache",
 )
 _FLAGS = {
     "serve": ("http_port", "grpc_port", *_COMMON, *_WORK, *_LOGS),
     "worker": ("grpc_port", "metrics_port", *_COMMON, *_WORK, *_LOGS),
     "gateway": ("worker", "http_port", *_COMMON, *_LOGS),
-    "models": ("models",),
+    "pull": ("cache",),
+    "models": ("models", "cache"),
 }
 _HELP = {
     "serve": "HTTP and gRPC over the models, in one process",
     "worker": "gRPC over the models, for gateways in other processes",
     "gateway": "HTTP over workers: --worker HOST:PORT[,HOST:PORT...]",
+    "pull": "make a model ready ahead of its first start, and print where it is",
     "models": "check the bundles and print what is known about each, as JSON",
 }
 
@@ -67,7 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"attnd {package_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, flags in _FLAGS.items():
-        add_flags(commands.add_parser(name, help=_HELP[name], description=_HELP[name], allow_abbrev=False), flags)
+        command = commands.add_parser(name, help=_HELP[name], description=_HELP[name], allow_abbrev=False)
+        add_flags(command, flags)
+        if name == "pull":
+            command.add_argument(
+                "model", help="a shipped model's id, a GGUF file, a directory with safetensors, OWNER/NAME"
+            )
     return parser
 
 
@@ -78,8 +91,14 @@ Stop = Callable[[], Awaitable[None]]
 _log = logging.getLogger("attnd")
 
 
-def _make_metrics(settings: Settings) -> Metrics:
-    return Metrics(settings.latency_buckets, {"version": package_version()})
+def make_metrics(settings: Settings) -> Metrics:
+    """The metrics of a process with these settings."""
+    return Metrics(
+        settings.latency_buckets,
+        {"version": package_version()},
+        token_buckets=settings.token_buckets,
+        vllm_names=settings.vllm_metrics,
+    )
 
 
 def _observed(backend: Backend, metrics: Metrics, settings: Settings) -> Observed:
@@ -115,14 +134,14 @@ async def _start_status(backend: Observed, metrics: Metrics, settings: Settings)
 
 
 def _local_backend(settings: Settings, metrics: Metrics) -> "LocalBackend":
-    from service.worker.load import load_classifiers
+    from service.worker.load import load_models
     from service.worker.local import LocalBackend
 
-    return LocalBackend(lambda: load_classifiers(settings, metrics), drain_timeout_s=settings.drain_timeout)
+    return LocalBackend(lambda: load_models(settings, metrics), drain_timeout_s=settings.drain_timeout)
 
 
 async def _serve(settings: Settings) -> None:
-    metrics = _make_metrics(settings)
+    metrics = make_metrics(settings)
     local = _local_backend(settings, metrics)
     backend = _observed(local, metrics, settings)
     edges = [await _start_http(backend, metrics, settings), await _start_rpc(backend, settings)]
@@ -130,7 +149,7 @@ async def _serve(settings: Settings) -> None:
 
 
 async def _worker(settings: Settings) -> None:
-    metrics = _make_metrics(settings)
+    metrics = make_metrics(settings)
     local = _local_backend(settings, metrics)
     backend = _observed(local, metrics, settings)
     edges = [await _start_status(backend, metrics, settings), await _start_rpc(backend, settings)]
@@ -140,7 +159,7 @@ async def _worker(settings: Settings) -> None:
 async def _gateway(settings: Settings) -> None:
     from service.rpc.client import RemoteBackend
 
-    metrics = _make_metrics(settings)
+    metrics = make_metrics(settings)
     backend = _observed(RemoteBackend(settings.worker, settings), metrics, settings)
     await _run(backend, [await _start_http(backend, metrics, settings)], None)
 
@@ -177,8 +196,15 @@ def _models(settings: Settings) -> None:
     """Print every bundle's facts, once it has been checked."""
     from service.worker.load import load_bundles
 
-    found = [{"id": bundle.manifest.id, **bundle.manifest.facts()} for bundle in load_bundles(settings.models)]
+    found = [{"id": bundle.manifest.id, **bundle.manifest.facts()} for bundle in load_bundles(settings)]
     print(json.dumps(found, indent=2))
+
+
+def _pull(model: str, settings: Settings) -> None:
+    """Print the directory, which --models takes."""
+    from service.worker.load import pull_model
+
+    print(pull_model(model, settings))
 
 
 _SERVERS: dict[str, Callable[[Settings], Coroutine[None, None, None]]] = {
@@ -191,7 +217,7 @@ _SERVERS: dict[str, Callable[[Settings], Coroutine[None, None, None]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, 2 for a wrong setting, 1 for what cannot be served."""
     flags = vars(_parser().parse_args(arguments))
-    command = flags.pop("command")
+    command, model = flags.pop("command"), flags.pop("model", "")
     try:
         settings = load_settings(flags, os.environ)
         configure_logging(settings.log_level)
@@ -199,6 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         if command == "models":
             _models(settings)
+        elif command == "pull":
+            _pull(model, settings)
         else:
             sys.setswitchinterval(GIL_SWITCH_SECONDS)
             _event_loop()(_SERVERS[command](settings))

@@ -4,14 +4,43 @@
 The HTTP gateway and the gRPC service each take a Backend and know nothing else of what lies behind it.
 """
 
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from service.domain import Call, Classification, ClassifyRequest, ModelInfo
+from service.domain import (
+    AttentionMaps,
+    AttentionRequest,
+    Call,
+    Classification,
+    ClassifyRequest,
+    Event,
+    ExplainRequest,
+    Explanation,
+    GenerateRequest,
+    ModelInfo,
+)
 
 
 class Backend(Protocol):
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
         """Scores for every input. Raises an `AttndError`; cancelling the awaiting task abandons the work."""
+        ...
+
+    async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
+        """Where the model looked, and what it predicted in that very run. Raises and is cancelled as `classify`."""
+        ...
+
+    async def explain(self, request: ExplainRequest, call: Call) -> Explanation:
+        """What each token did for a label. A method of its own because it works on tokens, which only a worker has:
+        texts with a word cut out would become other tokens. Raises and is cancelled as `classify`.
+        """
+        ...
+
+    def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+        """Start, then what each output consists of as it comes, then End. Raises an `AttndError`, at any point.
+
+        Closing the generator, or cancelling the task that awaits it, abandons the work.
+        """
         ...
 
     async def models(self) -> list[ModelInfo]:

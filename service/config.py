@@ -39,19 +39,36 @@ class Settings:
     max_batch_tokens: Annotated[Positive, "padded tokens in one batch, at the most; more leave the cache"] = 384
     max_queue: Annotated[Positive, "inputs that may wait for the engine before requests are refused"] = 2048
     max_inputs: Annotated[int, Field(ge=1, le=MAX_INPUTS), "inputs in one request, at the most"] = 1024
+    max_attention_bytes: Annotated[Positive, "bytes of the attention maps of one request, as float32"] = 16_777_216
+    max_batch: Annotated[int, Field(ge=1, le=256), "outputs written together, at the most"] = 16
+    max_queue_outputs: Annotated[Positive, "outputs that may wait to be written before requests are refused"] = 256
+    kv_cache_bytes: Annotated[
+        int, Field(ge=0), "memory for keys and values of each model that writes (0: 2 GiB, or half of what is there)"
+    ] = 0
+    prefix_cache: Annotated[
+        bool, "keep what was computed for the beginnings of prompts, for the next that share it"
+    ] = True
+    cache: Annotated[str, "directory where models are kept that do not come with attnd (none: the user's cache)"] = ""
     max_body_bytes: Annotated[Positive, "bytes of one request, at the most"] = 2_097_152
-    request_timeout: Annotated[Seconds, "seconds after which a request fails, if the caller sets no less"] = 60.0
+    request_timeout: Annotated[Seconds, "seconds after which a request fails, if the caller sets no less"] = 600.0
     drain_timeout: Annotated[Seconds, "seconds to finish accepted requests on SIGTERM"] = 20.0
     latency_buckets: Annotated[
         tuple[Annotated[float, Field(gt=0)], ...], "upper bounds of the latency histograms, in seconds"
     ] = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+    token_buckets: Annotated[
+        tuple[Annotated[float, Field(gt=0)], ...],
+        "upper bounds of the histograms of gaps between tokens and of engine steps, in seconds",
+    ] = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+    vllm_metrics: Annotated[bool, "write what generations are measured by under vLLM's names, too"] = False
     api_key: Annotated[str, "key that callers must send as a bearer token (none: no key is asked for)"] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], "least severe log lines to write"] = "info"
     log_requests: Annotated[bool, "write one log line a request"] = True
 
     def __post_init__(self) -> None:
-        if list(self.latency_buckets) != sorted(set(self.latency_buckets)):
-            raise ValueError("latency_buckets must rise")
+        for name in ("latency_buckets", "token_buckets"):
+            bounds = getattr(self, name)
+            if list(bounds) != sorted(set(bounds)):
+                raise ValueError(f"{name} must rise")
         if self.max_inputs > self.max_queue:
             raise ValueError(f"max_inputs ({self.max_inputs}) must not be over max_queue ({self.max_queue})")
 

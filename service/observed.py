@@ -6,14 +6,33 @@ A request that never became one (bad JSON, wrong key, too many bytes) is reporte
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import TypeVar
 
 from service.backend import Backend
-from service.domain import Call, Classification, ClassifyRequest, ModelInfo, Timing, Usage
+from service.domain import (
+    AttentionMaps,
+    AttentionRequest,
+    Call,
+    Classification,
+    ClassifyRequest,
+    End,
+    Event,
+    ExplainRequest,
+    Explanation,
+    GenerateRequest,
+    GenerateTiming,
+    ModelInfo,
+    Timing,
+    attention_tasks,
+    generation_tasks,
+)
 from service.errors import (
     AttndError,
     Cancelled,
     DeadlineExceeded,
+    EngineFailed,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -23,8 +42,11 @@ from service.errors import (
     Unsupported,
 )
 from service.metrics import Metrics
+from service.tally import Clock, Tally
 
 Log = Callable[[dict[str, object]], None]
+
+Result = TypeVar("Result")
 
 _OUTCOMES: dict[type[BaseException], str] = {
     InvalidRequest: "invalid",
@@ -36,6 +58,7 @@ _OUTCOMES: dict[type[BaseException], str] = {
     DeadlineExceeded: "deadline",
     Cancelled: "cancelled",
     asyncio.CancelledError: "cancelled",
+    GeneratorExit: "cancelled",
 }
 
 _log = logging.getLogger("attnd.requests")
@@ -49,27 +72,79 @@ def outcome_of(error: BaseException) -> str:
 class Observed:
     """A Backend that passes everything on and misses nothing."""
 
-    def __init__(self, backend: Backend, metrics: Metrics, *, log: Log | None = None) -> None:
-        """`log` gets the fields of one line a request."""
+    def __init__(
+        self, backend: Backend, metrics: Metrics, *, log: Log | None = None, clock: Clock = time.monotonic
+    ) -> None:
+        """`log` gets the fields of one line a request. `clock` gives seconds, as the calls' own instants are."""
         self._backend = backend
         self._metrics = metrics
         self._write_line = log
+        self._clock = clock
         self._models: list[ModelInfo] = []
 
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
+        model = self._known(request.model, ("classification",))
+        result = await self._counted(self._backend.classify(request, call), call, model)
+        usage = result.usage
+        fields = {"inputs": len(result.results), "prompt_tokens": usage.prompt_tokens, "truncated": usage.truncated}
+        self._succeeded(call, result, fields)
+        return result
+
+    async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
+        model = self._known(request.model, attention_tasks(request))
+        result = await self._counted(self._backend.attention(request, call), call, model)
+        self._metrics.observe_maps(
+            result.model, request.reduce, len(result.maps), result.num_bytes, result.timing.total_seconds
+        )
+        fields = {"prompt_tokens": result.usage.prompt_tokens, "maps": len(result.maps), "bytes": result.num_bytes}
+        self._succeeded(call, result, fields)
+        return result
+
+    async def explain(self, request: ExplainRequest, call: Call) -> Explanation:
+        model = self._known(request.model, ("classification",))
+        result = await self._counted(self._backend.explain(request, call), call, model)
+        self._succeeded(call, result, {"prompt_tokens": result.usage.prompt_tokens, "method": result.method})
+        return result
+
+    async def _counted(self, work: Awaitable[Result], call: Call, model: str) -> Result:
+        """What `work` results in; counted here when it fails. `model` labels a request that fails."""
         in_flight = self._metrics.in_flight_of(call.route)
         in_flight.inc()
         try:
-            result = await self._backend.classify(request, call)
+            return await work
         except BaseException as error:
-            self._failed(call, error, self._known(request.model, "classification"))
+            self._failed(call, error, model)
             raise
         finally:
             in_flight.dec()
+
+    def _succeeded(
+        self, call: Call, result: Classification | AttentionMaps | Explanation, fields: Mapping[str, object]
+    ) -> None:
         self._metrics.observe_request(call.route, result.model, "ok", result.timing)
         self._metrics.observe_prompt(call.route, result.model, result.usage.prompt_tokens)
-        self._log(call, result.model, "ok", result.timing, inputs=len(result.results), usage=result.usage)
-        return result
+        self._log(call, result.model, "ok", result.timing, fields)
+
+    async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+        model = self._known(request.model, generation_tasks(request))
+        tally = Tally(call, self._metrics, self._clock, model=model)
+        in_flight = self._metrics.in_flight_of(call.route)
+        in_flight.inc()
+        try:
+            async with aclosing(self._backend.generate(request, call)) as events:
+                async for event in events:
+                    tally.take(event)
+                    if isinstance(event, End):
+                        self._generated(call, tally, "ok")
+                    yield event
+            if tally.end is None:
+                raise EngineFailed("the generation broke off")
+        except BaseException as error:
+            if tally.end is None:  # what comes after a complete reply is not its outcome
+                self._generated(call, tally, outcome_of(error), self._reason(call, error))
+            raise
+        finally:
+            in_flight.dec()
 
     async def models(self) -> list[ModelInfo]:
         self._models = await self._backend.models()
@@ -82,36 +157,39 @@ class Observed:
         """Count a request that failed before it could be understood."""
         self._failed(call, error, "")
 
-    def _known(self, wanted: str | None, task: str) -> str:
+    def _known(self, wanted: str | None, tasks: Sequence[str]) -> str:
         """A label that only takes names of served models, whatever callers send."""
-        for model in self._models:
-            if model.id == wanted or (wanted is None and model.task == task):
-                return model.id
+        for task in tasks:
+            for model in self._models:
+                if model.id == wanted or (wanted is None and model.task == task):
+                    return model.id
         return ""
 
     def _failed(self, call: Call, error: BaseException, model: str) -> None:
         outcome = outcome_of(error)
-        timing = call.progress.timing(time.monotonic())
+        timing = call.progress.timing(self._clock())
         self._metrics.observe_request(call.route, model, outcome, timing)
-        if outcome == "error" and not isinstance(error, Unavailable):
+        self._log(call, model, outcome, timing, {}, self._reason(call, error))
+
+    def _generated(self, call: Call, tally: Tally, outcome: str, reason: str = "") -> None:
+        timing = tally.timing()
+        as_request = _as_request(timing)
+        self._metrics.observe_request(call.route, tally.model, outcome, as_request)
+        self._metrics.observe_generation(call.route, tally.model, outcome, timing, tally.num_tokens)
+        self._log(call, tally.model, outcome, as_request, tally.fields(timing), reason)
+
+    def _reason(self, call: Call, error: BaseException) -> str:
+        """What to say of `error` in the request's line; what was our own fault is logged with its traceback."""
+        if outcome_of(error) == "error" and not isinstance(error, Unavailable):
             _log.error("request %s failed", call.request_id, exc_info=error)
-        reason = error.message if isinstance(error, AttndError) else type(error).__name__
-        self._log(call, model, outcome, timing, error=reason)
+        return error.message if isinstance(error, AttndError) else type(error).__name__
 
     def _log(
-        self,
-        call: Call,
-        model: str,
-        outcome: str,
-        timing: Timing,
-        *,
-        inputs: int = 0,
-        usage: Usage | None = None,
-        error: str = "",
+        self, call: Call, model: str, outcome: str, timing: Timing, fields: Mapping[str, object], reason: str = ""
     ) -> None:
         if self._write_line is None:
             return
-        fields: dict[str, object] = {
+        line: dict[str, object] = {
             "request_id": call.request_id,
             "route": call.route,
             "model": model,
@@ -120,8 +198,13 @@ class Observed:
             "queue_seconds": round(timing.queue_seconds, 6),
             "compute_seconds": round(timing.compute_seconds, 6),
         }
-        if usage is not None:
-            fields |= {"inputs": inputs, "prompt_tokens": usage.prompt_tokens, "truncated": usage.truncated}
-        if error:
-            fields["error"] = error
-        self._write_line(fields)
+        line |= fields
+        if reason:
+            line["error"] = reason
+        self._write_line(line)
+
+
+def _as_request(timing: GenerateTiming) -> Timing:
+    """A generation's timing in the stages that every request has."""
+    compute_seconds = timing.prefill_seconds + timing.decode_seconds
+    return Timing(timing.queue_seconds, timing.tokenize_seconds, compute_seconds, timing.total_seconds)

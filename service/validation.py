@@ -4,6 +4,7 @@ from pydantic import ValidationError
 
 from service.errors import InvalidRequest
 
+_SAYS_ALL = ("missing", "unexpected_keyword_argument", "extra_forbidden")  # kinds of failure that are not of a value
 _SHOWN = 60  # characters of a value or a field's name that an error repeats
 
 
@@ -12,7 +13,7 @@ def _cut(text: str) -> str:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    return _cut(".".join(map(str, location)))
+    return _cut(".".join(str(part) for part in location if part != "[key]"))
 
 
 def invalid(error: ValidationError) -> InvalidRequest:
@@ -28,5 +29,5 @@ def invalid(error: ValidationError) -> InvalidRequest:
     # A list whose only item failed is also "too short": one problem, not two.
     others = [other for other in others if other["loc"] != first["loc"][: len(other["loc"])]]
     more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''})" if others else ""
-    got = "" if first["type"] in ("missing", "unexpected_keyword_argument") else f", got {_cut(repr(first['input']))}"
+    got = "" if first["type"] in _SAYS_ALL else f", got {_cut(repr(first['input']))}"
     return InvalidRequest(f"{where}: {reason[0].lower()}{reason[1:]}{got}{more}", param=path or None)

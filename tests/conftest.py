@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import rpc
 import uvloop
 import wire
 from fakes import FakeBackend
 
-ON_BOTH_LOOPS = {"test_http_robust.py"}  # the rest run on asyncio's own; the service runs on uvloop
+ON_BOTH_LOOPS = {"test_http_robust.py", "test_streams.py"}  # the rest run on asyncio's own; the service runs on uvloop
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -29,6 +30,19 @@ async def served(backend: FakeBackend) -> AsyncIterator[wire.Served]:
     """The gateway over `backend`, with default settings."""
     async with wire.serve(backend) as served:
         yield served
+
+
+@pytest.fixture
+async def start(backend: FakeBackend) -> AsyncIterator[rpc.Start]:
+    """Starts a gRPC server over `backend` with the given settings."""
+    async with rpc.starting(backend) as start:
+        yield start
+
+
+@pytest.fixture
+async def running(start: rpc.Start) -> rpc.Running:
+    """A gRPC server over `backend`, and a channel to it."""
+    return await start()
 
 
 @pytest.fixture(scope="session")

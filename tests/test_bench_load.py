@@ -194,7 +194,7 @@ async def test_stream_error_replies_are_counted() -> None:
 async def test_generator_process_measures_like_the_function() -> None:
     async with http_server() as (fake, port):
         found = await asyncio.to_thread(run_generator, load("http", port))
-        with pytest.raises(LoadFailed, match="load generator failed"):
+        with pytest.raises(LoadFailed, match="generator failed"):
             await asyncio.to_thread(run_generator, load("http", free_port()))
     assert found.errors == 0
     assert found.requests <= len(fake.bodies)

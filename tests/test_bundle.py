@@ -210,3 +210,68 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_directory_without_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot be read"):
         load_bundle(tmp_path)
+
+
+def generation_values(directory: Path) -> Values:
+    values = good_values(directory)
+    del values["labels"], values["problem_type"]
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    values["files"]["chat_template.jinja"] = signature(directory / "chat_template.jinja")
+    generation = {"bos_id": None, "end_ids": [0, 2], "temperature": 0.7, "chat_template": "chat_template.jinja"}
+    return values | {"task": "generation", "generation": generation, "weights": {"package": "some"}}
+
+
+def test_a_generation_bundle_loads_and_finds_its_template(tmp_path: Path) -> None:
+    bundle = load_bundle(write(tmp_path, generation_values(tmp_path)))
+    assert bundle.chat_template_path == tmp_path / "chat_template.jinja"
+    assert bundle.manifest.generation is not None
+    assert (bundle.manifest.generation.end_ids, bundle.manifest.generation.bos_id) == ((0, 2), None)
+    assert Manifest.from_json(bundle.manifest.to_json(), "again") == bundle.manifest
+    facts = bundle.manifest.facts()
+    assert facts["generation"]["temperature"] == 0.7
+    assert not {"labels", "problem_type", "weights"} & facts.keys()
+
+
+def test_without_a_template_there_is_no_path(tmp_path: Path) -> None:
+    values = generation_values(tmp_path)
+    values["generation"]["chat_template"] = None
+    assert load_bundle(write(tmp_path, values)).chat_template_path is None
+
+
+WRONG_GENERATION = [
+    ("generation/chat_template", "other.jinja", "not listed under files"),
+    ("generation/chat_template", 7, "must be str"),
+    ("generation/end_ids", 2, "must be list"),
+    ("generation/end_ids", [-1], "at least 0"),
+    ("generation/bos_id", True, "whole number"),
+    ("generation/temperature", "hot", "a number of at least 0"),
+    ("generation/temperature", -1, "a number of at least 0"),
+    ("generation/top_k", 5, "is not a key"),
+    ("labels", ["A"], "not a key for the task generation"),
+    ("weights", [], "must be dict"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), WRONG_GENERATION)
+def test_a_malformed_generation_section_is_named(tmp_path: Path, key: str, value: object, message: str) -> None:
+    values = generation_values(tmp_path)
+    parent, last = place(values, key)
+    parent[last] = value
+    with pytest.raises(BundleError, match=message) as caught:
+        load_bundle(write(tmp_path, values))
+    assert key.replace("/", ".") in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["bos_id", "end_ids", "temperature", "chat_template"])
+def test_a_generation_section_is_whole(tmp_path: Path, key: str) -> None:
+    values = generation_values(tmp_path)
+    del values["generation"][key]
+    with pytest.raises(BundleError, match=rf"generation\.{key} is missing"):
+        load_bundle(write(tmp_path, values))
+
+
+def test_each_task_needs_its_own_keys(tmp_path: Path) -> None:
+    values = generation_values(tmp_path)
+    del values["generation"]
+    with pytest.raises(BundleError, match="generation is missing"):
+        load_bundle(write(tmp_path, values))

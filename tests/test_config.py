@@ -77,6 +77,9 @@ MALFORMED = [
     ("latency_buckets", "0.1,nan"),
     ("latency_buckets", "0.5,0.1"),
     ("latency_buckets", "0.1,0.1"),
+    ("token_buckets", "0.1,0.1"),
+    ("token_buckets", "0,1"),
+    ("vllm_metrics", "perhaps"),
 ]
 
 
@@ -112,6 +115,7 @@ def test_the_error_shows_the_value_and_where_it_came_from():
         ("log_requests", "0", False),
         ("request_timeout", "0.25", 0.25),
         ("latency_buckets", "0.001,0.1,5", (0.001, 0.1, 5.0)),
+        ("vllm_metrics", "true", True),
     ],
 )
 def test_text_becomes_the_settings_own_type(name, text, value):

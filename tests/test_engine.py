@@ -1,15 +1,16 @@
-"""service.worker.engine: packing, and the promise of the same bits for a sequence whatever its neighbours are."""
+"""service.worker.classification.engine: packing, and the same bits for a sequence whatever its neighbours are."""
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tiny import CONFIG, random_ids
+from tiny import CONFIG, random_ids, without_attention
 
 from service.errors import BundleError
 from service.worker.bundle import load_bundle
-from service.worker.engine import ClassificationEngine, Tokens, pack, padded_length
+from service.worker.classification.engine import ClassificationEngine, Tokens, pack, padded_length
 
 
 @pytest.fixture(scope="module", params=["float32", "int8"])
@@ -22,13 +23,14 @@ def test_padded_length_is_the_next_multiple_of_16() -> None:
 
 
 def test_pack_puts_the_sequences_one_after_the_other() -> None:
-    feeds = pack([Tokens([7, 8, 9], [0, 0, 1]), Tokens([5])], 4)
+    feeds = pack([Tokens([7, 8, 9], [0, 0, 1]), Tokens([5])], 4, watched=[1])
     assert {name: array.tolist() for name, array in feeds.items()} == {
         "input_ids": [7, 8, 9, 5],
         "token_type_ids": [0, 0, 1, 0],
         "position_ids": [0, 1, 2, 0],
         "sequence_ids": [0, 0, 0, 1],
         "slots": [[0, 1, 2, -1], [3, -1, -1, -1]],
+        "watched": [1],
     }
     assert all(array.dtype == np.int64 for array in feeds.values())
 
@@ -69,6 +71,48 @@ def test_engine_threads_may_share_one_engine(engine: ClassificationEngine) -> No
         thread.join()
     for at in range(4):
         np.testing.assert_array_equal(found[at], expected[at])
+
+
+def test_attention_has_no_padding_and_changes_no_logit(engine: ClassificationEngine) -> None:
+    batch = [Tokens(ids) for ids in random_ids(31, seed=6)]
+    watched = range(0, 31, 2)
+    logits, weights = engine.attend(batch, [1, 0], watched)
+    np.testing.assert_array_equal(logits, engine.logits(batch))
+    assert sorted(weights) == list(watched)
+    for at, found in weights.items():
+        num_tokens = len(batch[at].ids)
+        alone = engine.attend([batch[at]], [0, 1], [0])[1][0]
+        assert sorted(found) == [0, 1]
+        for layer, rows in found.items():
+            assert rows.shape == (CONFIG.num_heads, num_tokens, num_tokens)
+            np.testing.assert_array_equal(rows, alone[layer])
+            np.testing.assert_allclose(rows.sum(-1), 1, atol=1e-5)
+
+
+def test_only_what_is_asked_for_is_fetched(engine: ClassificationEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[list[str]] = []
+    run = engine._session.run
+
+    def watched(feeds: Any, fetch: Any) -> Any:
+        fetched.append(list(fetch))
+        return run(feeds, fetch)
+
+    monkeypatch.setattr(engine._session, "run", watched)
+    engine.logits([Tokens([1, 2])])
+    engine.warm_up()
+    assert set(map(tuple, fetched)) == {("logits",)}
+    fetched.clear()
+    engine.attend([Tokens([1, 2])], [1], [0])
+    assert fetched == [["logits", "attention.1"]]
+
+
+def test_a_bundle_without_attention_outputs_still_classifies(tiny_bundles: dict[str, Path], tmp_path: Path) -> None:
+    whole = ClassificationEngine(load_bundle(tiny_bundles["float32"]))
+    old = ClassificationEngine(load_bundle(without_attention(tiny_bundles["float32"], tmp_path / "old")))
+    assert (whole.num_layers, whole.num_heads) == (CONFIG.num_layers, CONFIG.num_heads)
+    assert (old.num_layers, old.num_heads) == (0, 0)
+    batch = [Tokens(ids) for ids in random_ids(9, seed=7)]
+    np.testing.assert_array_equal(old.logits(batch), whole.logits(batch))
 
 
 def test_token_types_count(engine: ClassificationEngine) -> None:

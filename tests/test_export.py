@@ -17,7 +17,7 @@ from model.export import Options, export, export_verified, main
 from model.packed import PackedClassifier
 from model.verify import Check, Report
 from service.worker.bundle import load_bundle
-from service.worker.engine import Tokens, pack
+from service.worker.classification.engine import Tokens, pack
 
 STYLES = {
     "post-norm": CONFIG,
@@ -30,8 +30,13 @@ STYLES = {
 
 
 def packed_logits(model: PackedClassifier, batch: Sequence[Tokens], length: int) -> torch.Tensor:
+    return packed(model, batch, length)[0]
+
+
+def packed(model: PackedClassifier, batch: Sequence[Tokens], length: int) -> tuple[torch.Tensor, ...]:
     with torch.no_grad():
-        return model(**{name: torch.from_numpy(array) for name, array in pack(batch, length).items()})
+        feeds = pack(batch, length, watched=range(len(batch)))
+        return model(**{name: torch.from_numpy(array) for name, array in feeds.items()})
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -48,6 +53,21 @@ def test_the_packed_form_is_the_reference(style: str) -> None:
     for length in (24, 32):
         found = packed_logits(PackedClassifier(STYLES[style], classifier).eval(), batch, length)
         torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_packed_forms_attention_is_the_references(style: str) -> None:
+    classifier = seeded_classifier(STYLES[style])
+    sequences = random_ids(5)
+    found = packed(PackedClassifier(STYLES[style], classifier).eval(), [Tokens(ids) for ids in sequences], 32)[1:]
+    assert len(found) == CONFIG.num_layers
+    for at, ids in enumerate(sequences):
+        expected: list[torch.Tensor] = []
+        with torch.no_grad():
+            classifier(torch.tensor([ids]), trace=expected)
+        for weights, reference in zip(found, expected, strict=True):
+            torch.testing.assert_close(weights[at, :, : len(ids), : len(ids)], reference[0], atol=1e-6, rtol=0)
+            assert (weights[at, :, : len(ids), len(ids) :] == 0).all()  # padding is not looked at
 
 
 def test_packing_leaves_the_classifier_alone() -> None:
@@ -88,7 +108,9 @@ def test_the_manifest_says_what_was_exported(tiny_bundles: dict[str, Path]) -> N
     assert manifest.architecture["num_layers"] == CONFIG.num_layers
     assert manifest.provenance["recipe"] == "tests"
     assert set(manifest.files) == {GRAPH_FILE, "tokenizer.json"}
-    assert manifest.graphs["classify"].outputs[0].axes == ("batch", 2)
+    outputs = {tensor.name: tensor.axes for tensor in manifest.graphs["classify"].outputs}
+    weights = ("watched", CONFIG.num_heads, "length", "length")
+    assert outputs == {"logits": ("batch", 2), "attention.0": weights, "attention.1": weights}
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

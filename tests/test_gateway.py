@@ -1,6 +1,7 @@
 """What holds for every HTTP route: errors, ids, keys, deadlines, health, the description, draining."""
 
 import asyncio
+import dataclasses
 import json
 import time
 from http import HTTPStatus
@@ -12,6 +13,7 @@ from wire import ask, classify
 
 import service.errors
 from service import errors
+from service.domain import GenerateRequest
 from service.gateway.errors import STATUS, failure_of
 
 
@@ -182,6 +184,11 @@ async def test_openapi_describes_what_is_there(served: wire.Served) -> None:
     described = (await ask(served.port, "GET", "/openapi.json")).json
     assert set(described["paths"]) == {
         "/v1/classify",
+        "/v1/generate",
+        "/v1/attention",
+        "/v1/explain",
+        "/v1/completions",
+        "/v1/chat/completions",
         "/v1/models",
         "/v1/models/{model_id}",
         "/",
@@ -200,6 +207,11 @@ async def test_openapi_describes_what_is_there(served: wire.Served) -> None:
         "object",
         "array",
     }
+    generated = described["paths"]["/v1/generate"]["post"]
+    assert generated["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/GenerateBody")
+    assert set(generated["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    fields = {field.name for field in dataclasses.fields(GenerateRequest)} | {"stream"}
+    assert set(schemas["GenerateBody"]["properties"]) == fields
     assert set(post["responses"]) >= {"200", "401", "404", "413", "422", "429", "500", "501", "503", "504"}
     assert set(schemas["ErrorDetail"]["required"]) == {"message", "type", "param", "code"}
     assert "HTTPValidationError" not in json.dumps(described)

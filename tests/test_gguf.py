@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.importers.gguf import Checkpoint, gguf_config, gguf_tokenizer, load_gguf
+from model.importers.gguf import Checkpoint, load_gguf
+from service.worker.weights.gguf_file import architecture
+from service.worker.weights.gguf_tokenizer import tokenizer_json
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89], [1, 1, 2, 3, 5, 8, 13]])
 BYTES = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]  # GPT-2's alphabet
@@ -163,8 +166,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def test_metadata_arrives(tiny: Checkpoint) -> None:
-    assert (tiny.bos_id, tiny.end_ids, tiny.licence) == (1, (0,), None)
-    assert tiny.chat_template == "{{ messages[0]['content'] }}"
+    assert (tiny.text.bos_id, tiny.text.end_ids, tiny.licence) == (1, (0,), None)
+    assert tiny.text.chat_template == "{{ messages[0]['content'] }}"
     assert (tiny.config.norm_eps, tiny.config.rope_theta, tiny.config.tie_embeddings) == (1e-5, 500.0, True)
 
 
@@ -185,6 +188,10 @@ VOCABULARY: dict[str, Any] = {
 }
 
 
+def tokenizer_of(facts: dict[str, Any]) -> Tokenizer:
+    return Tokenizer.from_str(tokenizer_json(VOCABULARY | facts))
+
+
 @pytest.mark.parametrize(
     ("pre", "words"),
     [
@@ -194,7 +201,7 @@ VOCABULARY: dict[str, Any] = {
     ],
 )
 def test_each_pre_tokenizer_splits_in_its_own_way(pre: str, words: list[str]) -> None:
-    tokenizer = gguf_tokenizer(VOCABULARY | {"tokenizer.ggml.pre": pre})
+    tokenizer = tokenizer_of({"tokenizer.ggml.pre": pre})
     assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("year 2024's  x")] == words
 
 
@@ -208,7 +215,7 @@ def test_each_pre_tokenizer_splits_in_its_own_way(pre: str, words: list[str]) ->
     ],
 )
 def test_begin_token_is_put_where_the_file_says(facts: dict[str, Any], begins: bool) -> None:
-    ids = gguf_tokenizer(VOCABULARY | facts).encode("hello").ids
+    ids = tokenizer_of(facts).encode("hello").ids
     assert ids == [*([1] if begins else []), TOKENS.index("hello")]
 
 
@@ -218,7 +225,7 @@ def test_begin_token_is_put_where_the_file_says(facts: dict[str, Any], begins: b
 )
 def test_refuses_tokenizers_that_it_cannot_rebuild(facts: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        gguf_tokenizer(VOCABULARY | facts)
+        tokenizer_of(facts)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +241,7 @@ def test_refuses_variants_that_compute_something_else(facts: dict[str, Any], mes
     prefix = metadata["general.architecture"]
     metadata |= {f"{prefix}.embedding_length": 64, f"{prefix}.attention.head_count": 4}
     with pytest.raises(ValueError, match=message):
-        gguf_config(metadata, {})
+        architecture(metadata, {})
 
 
 def installed_smollm2() -> Path | None:

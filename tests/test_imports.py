@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 # Whatever is large, slow to import, or belongs to one role only. What is not named here anyone may import.
 HEAVY = frozenset(
     {
-        "fastapi", "google", "grpc", "grpc_health", "grpc_reflection", "httptools", "matplotlib", "numpy", "onnx",
-        "onnxruntime", "prometheus_client", "pydantic", "safetensors", "starlette", "tokenizers", "torch",
-        "transformers", "uvicorn", "uvloop",
+        "fastapi", "gguf", "google", "grpc", "grpc_health", "grpc_reflection", "httptools", "jinja2", "matplotlib",
+        "numpy", "onnx", "onnxruntime", "prometheus_client", "pydantic", "safetensors", "starlette", "tokenizers",
+        "torch", "transformers", "uvicorn", "uvloop",
     }
 )  # fmt: skip
 
@@ -40,31 +40,83 @@ RULES = [
     rule("service"),
     rule("service.errors"),
     rule("service.config", "service.domain service.errors", "pydantic"),
-    rule("service.domain", "service.errors", "pydantic"),
+    rule("service.domain", "service.domain.*"),
+    rule("service.domain.*", "service.domain.* service.errors", "pydantic"),
     rule("service.validation", "service.errors", "pydantic"),
     rule("service.backend", "service.domain"),
     rule("service.logs"),
-    rule("service.metrics", "service.domain service.errors", "prometheus_client"),
-    rule("service.observed", "service.backend service.domain service.errors service.metrics"),
+    rule("service.vllm_metrics", heavy="prometheus_client"),
+    rule("service.metrics", "service.domain service.vllm_metrics", "prometheus_client"),
+    rule("service.tally", "service.domain service.metrics"),
+    rule("service.observed", "service.backend service.domain service.errors service.metrics service.tally"),
     rule("service.status", "service.backend service.errors service.metrics"),
     rule("service.gateway.*", f"service.gateway.* {EDGE}", "fastapi starlette httptools pydantic"),
     rule("service.rpc.pb.*", "service.rpc.pb.*", "google grpc"),
     rule("service.rpc.*", f"service.rpc.* {EDGE}", "google grpc grpc_health grpc_reflection pydantic"),
-    rule("service.worker.bundle", "service.errors"),
+    rule("service.worker.manifest", "service.errors"),
+    rule("service.worker.bundle", "service.errors service.worker.manifest"),
+    rule("service.worker.weights.packing", "service.worker.weights.checkpoint", "numpy"),
+    rule("service.worker.weights.fetch", "service.errors service.worker.bundle"),
+    rule("service.worker.weights.*", "service.errors service.worker.bundle service.worker.weights.*", "gguf numpy"),
+    rule("service.worker.pull", "service.errors service.worker.bundle service.worker.weights.*"),
     rule("service.worker.session", "service.worker.bundle service.errors", "numpy onnxruntime"),
-    rule("service.worker.engine", "service.worker.bundle service.worker.session service.worker.sequence", "numpy"),
+    rule("service.worker.classification.engine", "service.worker.bundle service.worker.session", "numpy"),
     rule("service.worker.tokenizer", "service.domain service.errors", "tokenizers"),
-    rule("service.worker.sequence", "service.domain service.errors"),
-    rule("service.worker.scheduler", "service.domain service.errors service.worker.sequence"),
-    rule("service.worker.scores", "service.domain service.errors", "numpy"),
-    rule("service.worker.sampling", "service.domain service.errors", "numpy"),
+    rule("service.worker.classification.sequence", "service.domain service.errors"),
+    rule(
+        "service.worker.classification.scheduler",
+        "service.domain service.errors service.worker.classification.sequence",
+    ),
+    rule("service.worker.classification.scores", "service.domain service.errors", "numpy"),
+    rule(
+        "service.worker.classification.views",
+        "service.domain service.errors service.worker.classification.sequence",
+    ),
+    rule("service.worker.classification.maps", "service.domain service.worker.classification.sequence", "numpy"),
+    rule("service.worker.classification.occlusion"),
+    rule("service.worker.generation.prefix_cache"),
+    rule(
+        "service.worker.generation.sequence",
+        "service.domain service.worker.generation.output service.worker.generation.prefix_cache",  # output: a type only
+    ),
+    rule(
+        "service.worker.generation.scheduler",
+        "service.errors service.worker.generation.prefix_cache service.worker.generation.sequence "
+        "service.worker.generation.step",
+    ),
+    rule("service.worker.generation.step", "service.worker.generation.sequence"),
+    rule(
+        "service.worker.generation.kv_budget",
+        "service.errors service.worker.generation.prefix_cache service.worker.generation.scheduler",
+    ),
+    rule(
+        "service.worker.generation.output",
+        "service.domain service.worker.generation.detokenizer service.worker.generation.sampling",
+        "numpy",
+    ),
+    rule("service.worker.generation.loop", "service.domain service.worker.generation.*", "numpy"),
+    rule("service.worker.memory"),
+    rule("service.worker.generation.kv_memory", "service.worker.bundle service.errors", "numpy"),
+    rule(
+        "service.worker.generation.decoder",
+        "service.worker.bundle service.worker.generation.kv_memory service.worker.session service.errors",
+        "numpy",
+    ),
+    rule("service.worker.generation.detokenizer", "service.errors"),
+    rule("service.worker.generation.chat_template", "service.domain service.errors", "jinja2"),
+    rule(
+        "service.worker.generation.prompt_tokenizer",
+        "service.domain service.errors service.worker.generation.chat_template service.worker.generation.detokenizer "
+        "service.worker.tokenizer",
+    ),
+    rule("service.worker.generation.sampling", "service.domain service.errors", "numpy"),
     rule("service.worker.load", "service.config service.errors service.metrics service.worker.*"),
     rule("service.worker.*", "service.backend service.domain service.errors service.metrics service.worker.*"),
     rule("service.__main__", "service.*", "uvloop"),
     rule(
         "model.*",
         "model.* service.worker.* service.domain service.errors",
-        "google matplotlib numpy onnx onnxruntime safetensors tokenizers torch transformers",
+        "gguf google matplotlib numpy onnx onnxruntime safetensors tokenizers torch transformers",
     ),
 ]
 
@@ -134,20 +186,27 @@ def test_the_check_sees_what_it_should(monkeypatch, tmp_path):
     path = tmp_path / "scores.py"
     path.write_text(
         "import numpy\ndef f():\n    import onnxruntime.capi\n    from service.gateway import app\n"
-        "    from .. import config\n    from .scheduler import Scheduler\n    from model.transformer import Encoder\n"
+        "    from ... import config\n    from .scheduler import Scheduler\n    from model.transformer import Encoder\n"
     )
-    monkeypatch.setitem(SOURCES, "service.worker.scores", path)
-    assert violations("service.worker.scores") == [
+    monkeypatch.setitem(SOURCES, "service.worker.classification.scores", path)
+    assert violations("service.worker.classification.scores") == [
         "model.transformer",
         "onnxruntime.capi",
         "service.config",
         "service.gateway.app" if "service.gateway.app" in SOURCES else "service.gateway",
-        "service.worker.scheduler",
+        "service.worker.classification.scheduler",
     ]
 
 
+OWNERS = {
+    "onnxruntime": "service.worker.session",
+    "tokenizers": "service.worker.tokenizer",
+    "jinja2": "service.worker.generation.chat_template",
+}
+
+
 def test_only_one_file_imports_each_engine():
-    for library, owner in (("onnxruntime", "service.worker.session"), ("tokenizers", "service.worker.tokenizer")):
+    for library, owner in OWNERS.items():
         users = [name for name in SOURCES if name.startswith("service") and library in roots(name)]
         assert users == [owner]
 
@@ -162,7 +221,7 @@ ENTRIES = {
     "worker": "import service.__main__, service.rpc.server, service.worker.load, service.worker.local",
 }
 ABSENT = {
-    "gateway": ["onnxruntime", "numpy", "tokenizers", "torch", "transformers", "model"],
+    "gateway": ["onnxruntime", "numpy", "tokenizers", "jinja2", "gguf", "tqdm", "torch", "transformers", "model"],
     "worker": ["torch", "transformers", "fastapi", "starlette", "model"],
 }
 

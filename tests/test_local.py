@@ -25,7 +25,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.observed import Observed
-from service.worker.classifier import LONG_TEXT, Classifier
+from service.worker.classification.classifier import LONG_TEXT, Classifier
 from service.worker.local import LocalBackend
 
 LABELS = ("NO", "YES")
@@ -87,10 +87,17 @@ def make(tokenizer_path: Path, engine: FakeEngine, metrics: Metrics) -> Make:
             labels=LABELS,
             problem_type="single_label_classification",
             limits=SimpleNamespace(max_tokens=MAX_TOKENS),
+            architecture={},
             facts=dict,
         )
         bundle: Any = SimpleNamespace(manifest=manifest, tokenizer_path=tokenizer_path)
-        sizes = {"num_threads": 1, "max_batch_tokens": 1024, "max_waiting": 64, "max_inputs": 32} | limits
+        sizes = {
+            "num_threads": 1,
+            "max_batch_tokens": 1024,
+            "max_waiting": 64,
+            "max_inputs": 32,
+            "max_attention_bytes": 4096,
+        } | limits
         fake: Any = engine
         return Classifier(bundle, fake, metrics, **sizes)
 
@@ -271,7 +278,7 @@ async def test_a_dead_engine_thread_fails_what_is_open_and_turns_readiness_red(
     def broken(_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(classifier._loop, "_finish", broken)
+    monkeypatch.setattr(classifier._jobs._loop, "_finish", broken)
     with pytest.raises(EngineFailed):
         await backend.classify(request("good"), call())
     with pytest.raises(Unavailable, match="the engine of tiny has failed"):

@@ -17,7 +17,7 @@ from model.train import save_checkpoint
 from service.config import Settings
 from service.domain import Call, ClassifyRequest, TextInput
 from service.metrics import Metrics
-from service.worker.load import load_classifiers
+from service.worker.load import load_models
 from service.worker.local import LocalBackend
 
 LABELS = ("bad", "so-so", "good")
@@ -79,7 +79,7 @@ async def sides(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
     settings = Settings(models=(str(bundle),))
     metrics = Metrics(settings.latency_buckets, {})
-    backend = LocalBackend(lambda: load_classifiers(settings, metrics), drain_timeout_s=5.0)
+    backend = LocalBackend(lambda: load_models(settings, metrics), drain_timeout_s=5.0)
     await backend.start()
     yield Served(backend), classify
     await backend.aclose()

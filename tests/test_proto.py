@@ -1,15 +1,17 @@
 """The .proto file, the committed stubs, and a client that never saw our code."""
 
 import asyncio
+import base64
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from fakes import FakeBackend, fake_scores
+from fakes import CHAT, MODEL, FakeBackend, fake_scores
 
 from service.config import Settings
 from service.domain import TextInput
@@ -27,7 +29,9 @@ needs_buf = pytest.mark.skipif(BUF is None, reason="buf (from buf-bin) is not in
 @pytest.fixture
 async def address() -> AsyncIterator[str]:
     settings = Settings(grpc_port=0, drain_timeout=0.1)
-    server = RpcServer(Observed(FakeBackend(), Metrics(settings.latency_buckets, {})), settings)
+    backend = FakeBackend()
+    backend.served = [MODEL, CHAT]
+    server = RpcServer(Observed(backend, Metrics(settings.latency_buckets, {})), settings)
     yield f"http://127.0.0.1:{await server.start()}"
     await server.stop()
 
@@ -76,9 +80,11 @@ async def test_a_foreign_client_lists_methods(address: str) -> None:
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     out, _ = await process.communicate()
-    assert {"attnd.v1.Inference/Classify", "attnd.v1.Inference/ClassifyStream", "grpc.health.v1.Health/Check"} <= set(
-        out.decode().split()
-    )
+    ours = {
+        f"attnd.v1.Inference/{name}"
+        for name in ("Classify", "ClassifyStream", "Attention", "Explain", "Generate", "ListModels")
+    }
+    assert ours | {"grpc.health.v1.Health/Check"} <= set(out.decode().split())
 
 
 @needs_buf
@@ -96,6 +102,34 @@ async def test_a_foreign_client_streams(address: str) -> None:
     replies = await buf_curl(f"{address}/attnd.v1.Inference/ClassifyStream", data)
     labels = [reply["response"]["results"][0]["scores"][0]["label"] for reply in replies]  # type: ignore[index]
     assert labels == [fake_scores(TextInput(text))[0].label for text in texts]
+
+
+@needs_buf
+async def test_a_foreign_client_generates(address: str) -> None:
+    data = '{"messages": [{"role": "user", "content": "say this"}], "maxTokens": 8, "logprobs": 0}'
+    replies = await buf_curl(f"{address}/attnd.v1.Inference/Generate", data)
+    start, *tokens, finish, end = [event for reply in replies for event in reply["events"]]  # type: ignore[attr-defined]
+    assert start == {"start": {"model": "chat", "promptTokens": 2}}
+    assert [event["token"]["text"] for event in tokens] == ["say ", "this "]
+    assert tokens[0]["token"]["logprob"]["logprob"] == -0.25
+    assert finish["finish"]["finishReason"] == "FINISH_REASON_STOP"
+    assert end["end"]["usage"] == {"promptTokens": 2, "completionTokens": 2}
+
+
+@needs_buf
+async def test_a_foreign_client_gets_attention(address: str) -> None:
+    data = '{"text": "a film", "layers": {"all": true}, "heads": {"numbers": {"numbers": [1]}}}'
+    summary, *maps = await buf_curl(f"{address}/attnd.v1.Inference/Attention", data)
+    assert [token["text"] for token in summary["summary"]["tokens"]] == ["[CLS]", "a", "film"]  # type: ignore[index]
+    assert [reply["map"]["shape"] for reply in maps] == [[1, 3, 3]] * 3  # type: ignore[index]
+    weights = struct.unpack("<9f", base64.b64decode(maps[2]["map"]["weights"]))  # type: ignore[index]
+    assert weights == (2100, 2101, 2102, 2110, 2111, 2112, 2120, 2121, 2122)
+
+
+@needs_buf
+async def test_a_foreign_client_gets_an_explanation(address: str) -> None:
+    (reply,) = await buf_curl(f"{address}/attnd.v1.Inference/Explain", '{"text": "a film", "label": "NEGATIVE"}')
+    assert (reply["label"], reply["scores"]) == ("NEGATIVE", [0, 0.01, 0.04])
 
 
 @needs_buf

@@ -4,15 +4,25 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from fakes import MODEL, FakeBackend, until
+from fakes import CHAT, MODEL, FakeBackend, fake_maps, fake_words, until
 
 from service.config import Settings
-from service.domain import Call, ClassifyRequest, TextInput
+from service.domain import (
+    AttentionRequest,
+    Call,
+    ClassifyRequest,
+    Event,
+    ExplainRequest,
+    GenerateRequest,
+    Start,
+    TextInput,
+    Token,
+)
 from service.errors import (
     AttndError,
     Cancelled,
@@ -33,6 +43,8 @@ from service.rpc.client import RemoteBackend
 from service.rpc.server import RpcServer
 
 REQUEST = ClassifyRequest(input=(TextInput("a fine film"),))
+GENERATE = GenerateRequest(prompt="one two three", model="chat")
+ENDLESS = GenerateRequest(prompt="word " * 1_500, max_tokens=None, logprobs=20)  # longer than what buffers hold
 ERRORS = [
     InvalidRequest("top_k: at least 1, got 0", param="top_k"),
     TooLarge("at most 3 inputs, got 4", param="input"),
@@ -208,6 +220,20 @@ async def test_a_request_finds_the_worker_that_has_its_model(workers: Workers) -
         await remote.classify(replace(REQUEST, model="nope"), call())
 
 
+async def test_attention_finds_a_worker_that_can_tell_it(workers: Workers) -> None:
+    """One that serves the model says best why not."""
+    unable, able = FakeBackend(error=Unsupported("'chat' tells no attention", code="no_attention")), FakeBackend()
+    addresses = [await workers.start(unable), await workers.start(able)]
+    remote = workers.remote(*addresses, free_address())
+    request = AttentionRequest(text="a")
+    for _ in range(6):
+        assert (await remote.attention(request, call())).maps == fake_maps(request)
+        assert (await remote.explain(ExplainRequest(text="a"), call())).label
+    able.served = []
+    with pytest.raises(Unsupported, match="'chat' tells no attention"):
+        await workers.remote(*addresses).attention(AttentionRequest(text="a"), call())
+
+
 async def test_workers_share_the_requests(workers: Workers) -> None:
     backends = [FakeBackend(), FakeBackend()]
     remote = workers.remote(*[await workers.start(each) for each in backends])
@@ -256,3 +282,147 @@ async def test_after_aclose_nothing_is_asked(workers: Workers, backend: FakeBack
     await remote.aclose()
     with pytest.raises(Unavailable):
         await remote.classify(REQUEST, call())
+
+
+def talker(**fields: Any) -> FakeBackend:
+    backend = FakeBackend(**fields)
+    backend.served = [MODEL, CHAT]
+    return backend
+
+
+async def texts_of(
+    remote: RemoteBackend, request: GenerateRequest = GENERATE, into: list[str] | None = None
+) -> list[str]:
+    """The tokens of a generation; also those before its error, in `into`."""
+    texts: list[str] = [] if into is None else into
+    async for event in remote.generate(request, call()):
+        if isinstance(event, Token):
+            texts.append(event.text)
+    return texts
+
+
+@pytest.mark.parametrize("num_tokens", [None, 2])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+async def test_every_error_of_a_generation_arrives_as_it_was_raised(
+    workers: Workers, error: AttndError, num_tokens: int | None
+) -> None:
+    """Before its first event (None), and after two tokens, which are not lost."""
+    backend = talker(error=error)
+    backend.error_after = num_tokens
+    remote = workers.remote(await workers.start(backend))
+    texts: list[str] = []
+    with pytest.raises(AttndError) as caught:
+        await texts_of(remote, into=texts)
+    assert type(caught.value) is type(error)
+    assert vars(caught.value) | {"code": caught.value.code} == vars(error) | {"code": error.code}
+    assert texts == ["one ", "two "][: num_tokens or 0]
+
+
+async def test_a_generation_has_its_id_its_deadline_and_its_key(workers: Workers) -> None:
+    backend = talker()
+    remote = workers.remote(await workers.start(backend, api_key="sesame"), api_key="sesame")
+    asked = call(5.0, "trace:42")
+    assert [event async for event in remote.generate(GENERATE, asked)]
+    (arrived,) = backend.calls
+    assert arrived.request_id == "trace:42"
+    assert abs(arrived.deadline - asked.deadline) < 0.5
+
+
+async def test_a_generation_past_its_deadline(workers: Workers) -> None:
+    backend = talker()
+    backend.hold()
+    remote = workers.remote(await workers.start(backend))
+    with pytest.raises(DeadlineExceeded):
+        await anext(remote.generate(GENERATE, call(0.1)))
+    await until(lambda: backend.num_cancelled == 1)
+    with pytest.raises(DeadlineExceeded):
+        await anext(remote.generate(GENERATE, call(-1.0)))
+    assert len(backend.generations) == 1
+
+
+async def test_closing_a_generation_reaches_the_worker(workers: Workers) -> None:
+    backend = talker()
+    remote = workers.remote(await workers.start(backend))
+    async with aclosing(remote.generate(ENDLESS, call())) as events:
+        assert isinstance(await anext(events), Start)
+    await until(lambda: backend.num_cancelled == 1)
+
+
+async def test_a_reader_that_pauses_holds_the_worker_back_and_loses_nothing(workers: Workers) -> None:
+    backend = talker()
+    address = await workers.start(backend)
+    seen = []
+    async with aclosing(workers.remote(address).generate(ENDLESS, call(60))) as events:
+        seen.append(await anext(events))
+        assert await texts_of(workers.remote(address)) == fake_words(GENERATE, 0)  # another is not held back
+        seen += [event async for event in events]
+    assert [event.text for event in seen if isinstance(event, Token)] == ["word "] * 1_500
+
+
+async def test_a_generation_finds_the_worker_that_has_its_model(workers: Workers) -> None:
+    remote = workers.remote(await workers.start(FakeBackend()), await workers.start(talker()), free_address())
+    for _ in range(6):
+        assert await texts_of(remote) == ["one ", "two ", "three "]
+    with pytest.raises(NotFound):
+        await texts_of(workers.remote(await workers.start(FakeBackend())))
+
+
+async def test_generations_go_to_the_least_busy_worker(workers: Workers) -> None:
+    backends = [talker(), talker()]
+    remote = workers.remote(*[await workers.start(each) for each in backends])
+    backends[0].hold()
+    held = asyncio.create_task(texts_of(remote))
+    await until(lambda: backends[0].num_waiting == 1)
+    for _ in range(10):
+        await texts_of(remote)
+    assert [len(each.generations) for each in backends] == [1, 10]
+    backends[0].release()
+    await held
+
+
+async def test_a_worker_that_dies_before_the_first_event_costs_no_generation(workers: Workers) -> None:
+    backends = [talker(), talker()]
+    remote = workers.remote(*[await workers.start(each) for each in backends])
+    for each in backends:
+        each.hold()
+    open_requests = [asyncio.create_task(texts_of(remote)) for _ in range(10)]
+    await until(lambda: all(each.num_waiting == 5 for each in backends))
+    await workers.stop(0)
+    backends[1].release()
+    assert await asyncio.gather(*open_requests) == [["one ", "two ", "three "]] * 10
+
+
+async def test_a_worker_that_dies_after_the_first_event_ends_the_generation(workers: Workers) -> None:
+    backends = [talker(), talker()]
+    remote = workers.remote(*[await workers.start(each) for each in backends])
+    events: list[Event] = []
+
+    async def listen() -> None:
+        async for event in remote.generate(ENDLESS, call(60)):
+            events.append(event)
+            if len(events) == 1:
+                await workers.stop(0 if backends[0].generations else 1)
+
+    with pytest.raises(Unavailable):
+        await listen()
+    assert isinstance(events[0], Start)
+    assert sum(isinstance(event, Start) for event in events) == 1
+    assert sum(len(each.generations) for each in backends) == 1
+
+
+@pytest.mark.parametrize("error", [NotFound("gone"), Unavailable("draining")], ids=lambda error: type(error).__name__)
+async def test_after_the_first_event_no_other_worker_is_tried(workers: Workers, error: AttndError) -> None:
+    backends = [talker(error=error), talker(error=error)]
+    for each in backends:
+        each.error_after = 1
+    remote = workers.remote(*[await workers.start(each) for each in backends])
+    with pytest.raises(type(error)):
+        await texts_of(remote)
+    assert sum(len(each.generations) for each in backends) == 1
+
+
+async def test_after_aclose_nothing_is_generated(workers: Workers) -> None:
+    remote = workers.remote(await workers.start(talker()))
+    await remote.aclose()
+    with pytest.raises(Unavailable):
+        await texts_of(remote)

@@ -56,6 +56,10 @@ def test_a_status_without_details_is_the_plain_error(details: bytes) -> None:
     assert (back.message, back.code, back.retry_after_s) == ("connection refused", "unavailable", 1.0)
 
 
+def test_a_call_that_grpc_ended_itself_can_be_tried_elsewhere() -> None:
+    assert type(error_from(StatusCode.CANCELLED, "CANCELLED")) is Unavailable
+
+
 def test_a_status_that_is_not_ours_is_a_failure() -> None:
     assert type(error_from(StatusCode.DATA_LOSS, "?")) is EngineFailed
 

@@ -8,7 +8,7 @@ from transformers.pipelines.text_classification import sigmoid as their_sigmoid
 from transformers.pipelines.text_classification import softmax as their_softmax
 
 from service.domain import Score
-from service.worker.scores import apply, function_for, ranked
+from service.worker.classification.scores import apply, function_for, ranked
 
 LOGITS = ([0.3, -1.25], [12.0, -12.0], [0.0, 0.0], [700.0, -700.0], [1.0, 2.0, 3.0, -4.5])
 

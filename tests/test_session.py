@@ -47,6 +47,12 @@ def test_runs_any_number_of_rows(graph: Path) -> None:
         np.testing.assert_array_equal(y, x + x)
 
 
+def test_the_caller_says_which_outputs_to_fetch(graph: Path) -> None:
+    x = np.ones((1, 2), np.float32)
+    assert len(Session(graph, SPEC).run({"x": x}, ["y"])) == 1
+    assert len(Session(graph, SPEC).run({"x": x}, ["y", "y"])) == 2
+
+
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -170,3 +176,35 @@ def test_threads_of_this_machine_are_at_least_one() -> None:
 
 def test_runtime_facts_name_the_version() -> None:
     assert runtime_facts()["onnxruntime"] == session_module.ort.__version__
+
+
+def test_a_binding_reads_and_writes_the_memory_that_it_was_given(graph: Path) -> None:
+    binding = Session(graph, SPEC).bind()
+    x, y = np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32)
+    binding.bind_input("x", x)
+    binding.bind_output("y", y)
+    for value in (1.0, 5.0):
+        x[:] = value
+        binding.run()
+        assert (y == 2 * value).all()
+    shorter, written = np.full((1, 2), 7, np.float32), np.zeros((1, 2), np.float32)
+    binding.bind_input("x", shorter)  # bound anew
+    binding.bind_output("y", written)
+    binding.run()
+    assert written.tolist() == [[14, 14]]
+    assert (y == 10).all()
+
+
+def test_a_binding_keeps_what_it_is_bound_to(graph: Path) -> None:
+    binding = Session(graph, SPEC).bind()
+    binding.bind_input("x", np.full((1000, 2), 3, np.float32))
+    y = np.zeros((1000, 2), np.float32)
+    binding.bind_output("y", y)
+    _others = [np.zeros((1000, 2), np.float32) for _ in range(20)]  # would take the place of what was freed
+    binding.run()
+    assert (y == 6).all()
+
+
+def test_memory_with_gaps_cannot_be_bound(graph: Path) -> None:
+    with pytest.raises(ValueError, match="x: only contiguous memory"):
+        Session(graph, SPEC).bind().bind_input("x", np.zeros((4, 4), np.float32)[:, :2])

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from tiny import CONFIG, GRAPH_FILE, change_graph, change_manifest, confident_rows
+from tiny import CONFIG, GRAPH_FILE, change_graph, change_manifest, confident_rows, without_attention
 
 from model.data import Row
 from model.verify import MAX_DIFFERENCE, Report, Subject, correlation, judged, main, verify
@@ -30,7 +30,9 @@ def failed(report: Report) -> dict[str, str]:
 def test_what_was_exported_passes(bundle: Path, tiny_checkpoint: Path) -> None:
     report = verify(bundle, tiny_checkpoint)
     assert report.passed, report.text()
-    assert [check.name for check in report.checks] == ["facts", "interface", "shapes", "values", "batched == alone"]
+    assert [check.name for check in report.checks] == [
+        "facts", "interface", "shapes", "values", "attention", "batched == alone",
+    ]  # fmt: skip
     assert report.facts()["passed"] is True
 
 
@@ -56,7 +58,46 @@ def test_one_corrupted_number_is_found(tiny_bundles: dict[str, Path], tiny_check
 
     copy = Path(shutil.copytree(tiny_bundles["float32"], tmp_path / "copy"))
     change_graph(copy, corrupt)
-    assert set(failed(verify(copy, tiny_checkpoint))) == {"values"}
+    assert set(failed(verify(copy, tiny_checkpoint))) == {"values", "attention"}
+
+
+def blunt(graph: onnx.ModelProto) -> None:
+    """The second layer tells the first layer's weights as its own; the logits are right."""
+    own, other = (next(one for one in graph.graph.node if f"attention.{layer}" in one.output) for layer in (1, 0))
+    renamed = own.output[0] + ".own"
+    for node in graph.graph.node:
+        node.input[:] = [renamed if name == own.output[0] else name for name in node.input]
+    own.output[0] = renamed
+    graph.graph.node.append(helper.make_node("Identity", [other.output[0]], ["attention.1"]))
+
+
+def test_attention_that_is_not_the_models_own_is_found(bundle: Path, tiny_checkpoint: Path) -> None:
+    change_graph(bundle, blunt)
+    found = failed(verify(bundle, tiny_checkpoint))
+    assert set(found) == {"attention"}
+    assert "largest difference" in found["attention"]
+
+
+def scale_weights(graph: onnx.ModelProto) -> None:
+    """Rows that sum to 1.00002: too little for the values, not for a promise."""
+    (node,) = (one for one in graph.graph.node if "attention.0" in one.output)
+    for other in graph.graph.node:
+        other.input[:] = ["own" if name == "attention.0" else name for name in other.input]
+    node.output[0] = "own"
+    graph.graph.initializer.append(numpy_helper.from_array(np.float32(1.00002), "more"))
+    graph.graph.node.append(helper.make_node("Mul", ["own", "more"], ["attention.0"]))
+
+
+def test_rows_that_do_not_sum_to_one_are_found(bundle: Path, tiny_checkpoint: Path) -> None:
+    change_graph(bundle, scale_weights)
+    assert set(failed(verify(bundle, tiny_checkpoint))) == {"attention"}
+
+
+def test_a_bundle_without_attention_outputs_is_not_what_is_exported(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    old = without_attention(bundle, tmp_path / "old")
+    assert set(failed(verify(old, tiny_checkpoint))) == {"interface", "attention"}
 
 
 def test_a_flipped_bit_is_found_by_its_checksum(bundle: Path, tiny_checkpoint: Path) -> None:
@@ -78,7 +119,10 @@ def rename_in_manifest(values: dict[str, Any]) -> None:
 
 def test_a_renamed_output_is_found(bundle: Path, tiny_checkpoint: Path) -> None:
     change_graph(bundle, rename_output)
-    assert "outputs are ['scores'], expected ['logits']" in failed(verify(bundle, tiny_checkpoint))["loads"]
+    assert (
+        "outputs are ['scores', 'attention.0', 'attention.1'], expected ['logits', "
+        in failed(verify(bundle, tiny_checkpoint))["loads"]
+    )
     change_manifest(bundle, rename_in_manifest)
     assert "interface" in failed(verify(bundle, tiny_checkpoint))
 

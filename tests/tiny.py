@@ -1,6 +1,7 @@
-"""A tiny seeded classifier, its checkpoint and bundles, and ways to break a bundle whose checksums stay right."""
+"""A tiny seeded classifier and chat model, their bundles, and ways to break a bundle whose checksums stay right."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 import onnx
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from model import export_decoder
 from model.config import ModelConfig
 from model.data import Row
 from model.export import Options, export
 from model.train import save_checkpoint
-from model.transformer import Classifier
+from model.transformer import Classifier, LanguageModel
 from service.worker.bundle import MANIFEST, Manifest, file_spec
 
 LABELS = ("NEGATIVE", "POSITIVE")
@@ -31,6 +33,34 @@ CONFIG = ModelConfig(
     labels=LABELS,
 )
 GRAPH_FILE = "classify.onnx"
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # a character for each byte
+MERGES = [("h", "e"), ("l", "l"), ("Ġ", "w"), ("o", "r"), ("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "a")]
+START, END = "<|im_start|>", "<|im_end|>"
+VOCABULARY = ["<|endoftext|>", START, END, *LETTERS, *(left + right for left, right in MERGES)]
+END_IDS = (0, 2)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT_CONFIG = ModelConfig(
+    kind="decoder",
+    vocab_size=len(VOCABULARY),
+    width=64,
+    num_heads=4,
+    num_kv_heads=2,
+    num_layers=2,
+    feed_forward=128,
+    max_length=256,
+    norm="rms",
+    norm_order="pre",
+    norm_eps=1e-5,
+    positions="rotary",
+    activation="swiglu",
+    has_bias=False,
+    has_embedding_norm=False,
+)
 
 
 def seeded_classifier(config: ModelConfig = CONFIG) -> Classifier:
@@ -84,17 +114,74 @@ def export_tiny(checkpoint: Path, out: Path, precision: str) -> Path:
     return out
 
 
+def without_attention(bundle: Path, copy: Path) -> Path:
+    """A copy of a classifier's bundle as they were exported before their graphs told attention."""
+    shutil.copytree(bundle, copy)
+    change_graph(copy, drop_attention)
+
+    def drop(values: dict[str, Any]) -> None:
+        del values["graphs"]["classify"]["outputs"][1:]
+
+    change_manifest(copy, drop)
+    return copy
+
+
+def drop_attention(graph: onnx.ModelProto) -> None:
+    del graph.graph.output[1:]
+
+
 def change_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
     values = json.loads((directory / MANIFEST).read_text())
     change(values)
     (directory / MANIFEST).write_text(json.dumps(values))
 
 
-def change_graph(directory: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+def change_graph(directory: Path, change: Callable[[onnx.ModelProto], None], name: str = GRAPH_FILE) -> None:
     """Edits the graph and signs it anew, so that only what the graph computes can give the change away."""
-    path = directory / GRAPH_FILE
-    graph = onnx.load(path)
+    path = directory / name
+    graph = onnx.load(path, load_external_data=False)
     change(graph)
     onnx.save(graph, path)
+    sign(directory, name)
+
+
+def sign(directory: Path, name: str) -> None:
+    """Makes the manifest agree with the file `name` as it is now."""
     manifest = Manifest.from_json((directory / MANIFEST).read_text(), MANIFEST)
-    (directory / MANIFEST).write_text(replace(manifest, files=manifest.files | {GRAPH_FILE: file_spec(path)}).to_json())
+    files = dict(manifest.files) | {name: file_spec(directory / name)}
+    (directory / MANIFEST).write_text(replace(manifest, files=files).to_json())
+
+
+@torch.no_grad()
+def seeded_chat_model(config: ModelConfig = CHAT_CONFIG) -> LanguageModel:
+    """Weights large enough that its tokens depend on the whole prompt, and vary."""
+    torch.manual_seed(0)
+    model = LanguageModel(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(0, 0.2)
+    return model
+
+
+def chat_tokenizer() -> Tokenizer:
+    """Byte-level BPE of a few merges: any text can be encoded, many characters take several tokens."""
+    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in VOCABULARY[:3]])
+    return tokenizer
+
+
+def chat_text() -> export_decoder.Text:
+    return export_decoder.Text(
+        tokenizer=chat_tokenizer().to_str(), bos_id=None, end_ids=END_IDS, chat_template=CHAT_TEMPLATE
+    )
+
+
+def tiny_generation_bundle(directory: Path, *, precision: str = "int8", id: str = "tiny-chat") -> Path:
+    """Writes a whole bundle of a tiny seeded Llama into `directory`, which must not exist, and returns it."""
+    options = export_decoder.Options(id=id, created=1_700_000_000, licence="Apache-2.0", precision=precision)
+    tensors = export_decoder.tensors_of(seeded_chat_model())
+    export_decoder.export_decoder(CHAT_CONFIG, tensors, chat_text(), directory, options)
+    return directory

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.importers.weights import load_strictly, read_safetensors, rename
+from model.importers.weights import load_strictly, read_safetensors
 from model.transformer import Classifier
+from service.worker.weights.checkpoint import rename
 
 UNUSED = re.compile(r"(cls\.|.*position_ids$)")
 NAMES = (

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.importers.bert import ACTIVATIONS
-from model.importers.weights import check_variant, load_strictly, read_safetensors, rename, tie_head
+from model.importers.weights import load_strictly, read_safetensors, tie_head
 from model.transformer import LanguageModel
+from service.worker.weights.checkpoint import check_variant, rename
 
 HEAD, TOKEN = "head.weight", "decoder.stack.embedding.token.weight"
 UNUSED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # the causal mask, kept as a buffer by older versions

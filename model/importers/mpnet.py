@@ -13,8 +13,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.importers.bert import fresh
-from model.importers.weights import load_strictly, read_safetensors, rename
+from model.importers.weights import load_strictly, read_safetensors
 from model.transformer import Classifier
+from service.worker.weights.checkpoint import rename
 
 FIRST_POSITION = 2
 NAMES = (

@@ -1,26 +1,14 @@
-"""What every importer does alike: refuse variants, read safetensors, rename by a table, load without a gap.
+"""What every importer does alike: read safetensors, tie the head, load without a gap.
 
 Knows no family of models.
 """
 
 import json
-import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-Names = Iterable[tuple[str, str]]  # (pattern of the foreign name's beginning, what stands there in ours)
-
-
-def check_variant(values: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:
-    """Raises ValueError for a config that asks for what our modules do not compute; an absent key reads as None."""
-    for key, known in allowed.items():
-        if values.get(key) not in known:
-            raise ValueError(f"{key} is {values.get(key)!r}, this importer reads {' or '.join(map(repr, known))}")
 
 
 def read_safetensors(directory: Path) -> dict[str, Tensor]:
@@ -38,14 +26,6 @@ def read_safetensors(directory: Path) -> dict[str, Tensor]:
     if absent := sorted(places.keys() - state.keys()):
         raise ValueError(f"{index}: tensors that no file holds: {', '.join(absent)}")
     return state
-
-
-def rename(name: str, table: Names) -> str:
-    """A foreign tensor's name -> ours; raises ValueError for a name that the table does not know."""
-    for pattern, ours in table:
-        if match := re.match(pattern, name):
-            return match.expand(ours) + name[match.end() :]
-    raise ValueError(f"unexpected weight in checkpoint: {name}")
 
 
 def tie_head(state: dict[str, Tensor], *, head: str, token: str) -> None:

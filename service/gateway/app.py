@@ -1,22 +1,24 @@
 """The HTTP application: the routes of routes.py, put together behind the Edge."""
 
 from dataclasses import dataclass
-from importlib import resources
 from typing import cast
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from service.config import Settings
 from service.errors import AttndError
+from service.gateway.attend import AttentionEndpoint, ExplainEndpoint
 from service.gateway.door import Door
-from service.gateway.endpoint import ClassifyEndpoint
-from service.gateway.errors import Failure, body_of, crash_failure, failure_of, headers_of
+from service.gateway.endpoint import ClassifyEndpoint, Entrance
+from service.gateway.errors import Failure, body_of, crash_failure, failure_of, headers_of, in_dialect
 from service.gateway.exchange import App
+from service.gateway.generation import GenerateEndpoint
 from service.gateway.middleware import REQUEST_ID, Edge
-from service.gateway.routes import add_huggingface_routes, add_native_routes, add_status_routes
+from service.gateway.pages import add_pages
+from service.gateway.routes import add_huggingface_routes, add_native_routes, add_openai_routes, add_status_routes
 from service.metrics import Metrics
 from service.observed import Observed
 
@@ -35,10 +37,12 @@ class Gateway:
 def create_app(backend: Observed, metrics: Metrics, settings: Settings) -> Gateway:
     """Every route, over `backend`."""
     app, door = _bare_app(), Door(settings.api_key)
+    entrance = Entrance(backend, door, settings.request_timeout)
     add_status_routes(app, backend, door, metrics)
-    add_native_routes(app, backend, door, settings)
-    add_huggingface_routes(app, backend, door, settings)
-    _add_docs(app)
+    add_native_routes(app, entrance)
+    add_openai_routes(app, entrance)
+    add_huggingface_routes(app, entrance, settings.max_inputs)
+    add_pages(app)
     return _gateway(app, door)
 
 
@@ -50,37 +54,39 @@ def _bare_app() -> FastAPI:
     return app
 
 
-def _add_docs(app: FastAPI) -> None:
-    """A page of our own: FastAPI's loads its scripts from another host, which not every network lets it."""
-    page = resources.files("service.gateway").joinpath("web/docs.html").read_text("utf-8")
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return HTMLResponse(page)
-
-
 def _gateway(app: FastAPI, door: Door) -> Gateway:
-    """`app` behind the Edge; a classification route that has a fixed path is reached without FastAPI."""
+    """`app` behind the Edge; an endpoint of ours that has a fixed path is reached without FastAPI."""
     direct = {
         ("POST", route.path): route.app
         for route in app.router.routes
-        if isinstance(route, APIRoute) and isinstance(route.app, ClassifyEndpoint) and not route.param_convertors
+        if isinstance(route, APIRoute)
+        and isinstance(route.app, (ClassifyEndpoint, GenerateEndpoint, AttentionEndpoint, ExplainEndpoint))
+        and not route.param_convertors
     }
     return Gateway(app, Edge(app, direct), door)
 
 
 def _reply(failure: Failure, request: Request) -> Response:
+    failure = in_dialect(failure, request.url.path)
     body = body_of(failure, request.url.path)
     response = Response(body, failure.status)
     response.raw_headers = headers_of(failure, body)
     return response
 
 
+def _allowed_methods(request: Request) -> str:
+    """Of all routes of the path: the router itself names the first one's alone."""
+    routes = [route for route in request.app.router.routes if isinstance(route, Route)]
+    found = [route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for methods in found for method in methods}))
+
+
 async def _no_route(request: Request, error: Exception) -> Response:
     """404 and 405 from the router, in the shape of all errors."""
     raised = cast(HTTPException, error)
-    path, allowed = request.url.path, (raised.headers or {}).get("Allow", "")
+    path = request.url.path
     if raised.status_code == 405:
+        allowed = _allowed_methods(request)
         message = f"{path} does not take {request.method}, only {allowed}"
         failure = Failure(405, message, "method_not_allowed", headers=((b"allow", allowed.encode()),))
     else:

@@ -24,6 +24,7 @@ _ASGI = {"version": "3.0", "spec_version": "2.4"}
 _UPGRADE_HEADERS = {b"upgrade", b"connection", b"http2-settings"}
 _MAX_WAITING = 64  # pipelined requests
 _MAX_WAITING_BYTES = 65_536
+_MAX_UNSENT_BYTES = 65_536
 _MALFORMED = Failure(400, "this is not an HTTP/1.1 request", "malformed_http")
 
 
@@ -58,6 +59,8 @@ class Connection(asyncio.Protocol):
         self._is_paused = False  # nothing more is read, for now
         self._since = self._loop.time()  # of the present state, for `sweep`
         self._num_raw = 0  # bytes of the request that is being received
+        self._unsent: list[bytes] = []  # of the reply
+        self._num_unsent = 0
 
     @property
     def is_busy(self) -> bool:
@@ -76,6 +79,7 @@ class Connection(asyncio.Protocol):
         self._shared.changed.set()
         self._is_ending = True
         self._waiting.clear()
+        self._unsent.clear()
         if self.task is not None:
             self.task.cancel()
 
@@ -212,10 +216,25 @@ class Connection(asyncio.Protocol):
         self._active = exchange
         self.task = self._loop.create_task(exchange.run())
 
-    async def write(self, data: bytes) -> None:
-        self._transport.write(data)
+    async def write(self, data: bytes, *, is_last: bool) -> None:
+        """What a reply consists of so far leaves together, when its task has nothing more to write for now.
+
+        So the tokens that one step of a model gives to one client cost one system call.
+        """
+        self._unsent.append(data)
+        self._num_unsent += len(data)
+        if is_last or self._num_unsent > _MAX_UNSENT_BYTES:
+            self._flush()
+        elif len(self._unsent) == 1:
+            self._loop.call_soon(self._flush)
         if self._writable is not None:
-            await self._writable
+            await asyncio.shield(self._writable)  # others may wait for it too: it outlives who gives up
+
+    def _flush(self) -> None:
+        if self._unsent:
+            self._transport.write(b"".join(self._unsent))
+            self._unsent.clear()
+            self._num_unsent = 0
 
     def exchange_ended(self, exchange: Exchange) -> None:
         """Go on to the next request, or to the end."""

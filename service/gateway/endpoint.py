@@ -1,13 +1,14 @@
-"""One classification over HTTP, in any dialect: a dialect is how a body becomes a request, and a result a body.
+"""One request over HTTP, in any dialect: who may come in, and a classification from body to body.
 
-An ASGI app of its own: FastAPI's request and response objects would cost more than all of this. The body is read as
-JSON whatever its content type says, as other servers do: nothing else is understood here, and `curl -d` just works.
+A dialect is how a body becomes a request, and a result a body. Endpoints are ASGI apps of their own: FastAPI's request
+and response objects would cost more than all of this. The body is read as JSON whatever its content type says, as other
+servers do: nothing else is understood here, and `curl -d` just works.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from service.domain import Call, Classification, ClassifyRequest
 from service.errors import AttndError, InvalidRequest
@@ -18,40 +19,55 @@ from service.observed import Observed
 
 MAX_TIMEOUT_MS = 86_400_000
 
-Parse = Callable[[bytes, Mapping[str, Any]], ClassifyRequest]
+T = TypeVar("T")
+Parse = Callable[[bytes, Mapping[str, Any]], T]
 Render = Callable[[Classification], bytes]
 
 _JSON = (b"content-type", b"application/json")
 
 
 @dataclass(frozen=True)
-class ClassifyEndpoint:
-    """`route` labels the metrics, `parse` gets the body and the path's parameters, `timeout_s` bounds any request."""
+class Entrance:
+    """What every request passes on its way to `backend`. `timeout_s` bounds any request."""
 
-    route: str
     backend: Observed
     door: Door
     timeout_s: float
-    parse: Parse
-    render: Render
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises an AttndError, which the middleware answers, once it is counted."""
+    async def admit(self, route: str, parse: Parse[T], scope: Scope, receive: Receive) -> tuple[T, Call]:
+        """What the body asks for. `parse` gets the body and the path's parameters. Raises an AttndError, counted."""
         headers = scope[HEADERS]
-        call = Call(scope[REQUEST_ID], self.route, time.monotonic() + self.timeout_s)
+        call = Call(scope[REQUEST_ID], route, time.monotonic() + self.timeout_s)
         try:
             body = await read_body(receive)
             self.door.check_open()
             self.door.check_key(headers)
             call = check_headers(call, headers)
-            request = self.parse(body, scope.get("path_params", {}))
+            return parse(body, scope.get("path_params", {})), call
         except AttndError as error:
             self.backend.rejected(call, error)
             raise
-        reply = self.render(await self.backend.classify(request, call))
-        length = (b"content-length", b"%d" % len(reply))
-        await send({"type": "http.response.start", "status": 200, "headers": [_JSON, length]})
-        await send({"type": "http.response.body", "body": reply})
+
+
+@dataclass(frozen=True)
+class ClassifyEndpoint:
+    """`route` labels the metrics."""
+
+    route: str
+    entrance: Entrance
+    parse: Parse[ClassifyRequest]
+    render: Render
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises an AttndError, which the middleware answers."""
+        request, call = await self.entrance.admit(self.route, self.parse, scope, receive)
+        await send_json(send, self.render(await self.entrance.backend.classify(request, call)))
+
+
+async def send_json(send: Send, body: bytes) -> None:
+    length = (b"content-length", b"%d" % len(body))
+    await send({"type": "http.response.start", "status": 200, "headers": [_JSON, length]})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def read_body(receive: Receive) -> bytes:

@@ -5,7 +5,7 @@ One table from the error tree to status codes; nothing else in the gateway choos
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 
@@ -43,6 +43,12 @@ STATUS: dict[type[AttndError], int] = {
     ConfigError: 500,
 }
 
+# OpenAI's clients know these; its servers have no others for what callers do wrong.
+_OPENAI_STATUS = {422: 400, 501: 400}
+_OPENAI_CODES = {"overloaded": (429, "slow_down"), "too_many_tokens": (400, "context_length_exceeded")}
+_SHOULD_RETRY = {429: b"true", 503: b"true", 504: b"false"}  # its clients would try a 504 again, to no avail
+
+_OPENAI = re.compile(r"/v1/(chat/)?completions").fullmatch
 _HUGGINGFACE = re.compile(r"/|/info|/health|/models/.*", re.DOTALL).fullmatch
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
@@ -102,6 +108,21 @@ def failure_of(error: AttndError) -> Failure:
 def crash_failure(request_id: str) -> Failure:
     """For what is not an AttndError: callers are told where to look, not what was there."""
     return Failure(500, f"internal error; the log has more under {request_id}", "internal_error")
+
+
+def failure_of_any(error: Exception, request_id: str) -> Failure:
+    return failure_of(error) if isinstance(error, AttndError) else crash_failure(request_id)
+
+
+def in_dialect(failure: Failure, path: str) -> Failure:
+    """`failure` with the status, code and headers of the dialect that is spoken at `path`."""
+    if not _OPENAI(path):
+        return failure
+    status = _OPENAI_STATUS.get(failure.status, failure.status)
+    status, code = _OPENAI_CODES.get(failure.code, (status, failure.code))
+    should_retry = _SHOULD_RETRY.get(status)
+    headers = failure.headers if should_retry is None else (*failure.headers, (b"x-should-retry", should_retry))
+    return replace(failure, status=status, code=code, headers=headers)
 
 
 def body_of(failure: Failure, path: str) -> bytes:

@@ -32,8 +32,8 @@ class Link(Protocol):
     @property
     def is_busy(self) -> bool: ...
 
-    async def write(self, data: bytes) -> None:
-        """Pass `data` on; waits while the client does not read."""
+    async def write(self, data: bytes, *, is_last: bool) -> None:
+        """Pass `data` on, soon; at once when it is the `is_last` of a reply. Waits while the client does not read."""
         ...
 
     def exchange_ended(self, exchange: "Exchange") -> None: ...
@@ -117,7 +117,7 @@ class Exchange:
         if self._head is not None:
             body, self._head = self._head + body, None
         self.is_complete = not more
-        await self._link.write(body)
+        await self._link.write(body, is_last=not more)
 
     def _encode_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
         head = [STATUS_LINES[status], self._shared.date]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from service.errors import AttndError
-from service.gateway.errors import Failure, body_of, crash_failure, failure_of, headers_of
+from service.gateway.errors import Failure, body_of, crash_failure, failure_of, headers_of, in_dialect
 from service.gateway.exchange import App, Message, Receive, Scope, Send
 
 REQUEST_ID = "attnd.request_id"  # keys of an ASGI scope, set here for the endpoints
@@ -62,6 +62,7 @@ class Edge:
 
 
 async def send_failure(failure: Failure, scope: Scope, send: Send) -> None:
+    failure = in_dialect(failure, scope["path"])
     body = body_of(failure, scope["path"])
     await send({"type": "http.response.start", "status": failure.status, "headers": headers_of(failure, body)})
     await send({"type": "http.response.body", "body": body})

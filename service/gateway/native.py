@@ -1,16 +1,78 @@
 """The native API: its field names are the domain's, so that parsing is validation and rendering is dumping."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from service.domain import Classification, ClassifyRequest, ModelInfo
+from service.domain import (
+    Classification,
+    ClassifyRequest,
+    End,
+    Event,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    GenerateTiming,
+    GenerateUsage,
+    ModelInfo,
+    PromptTokens,
+    Token,
+    TokenLogprob,
+)
 from service.errors import NotFound
+from service.gateway import sse
+from service.gateway.bodies import body_model, generate_request, read
+from service.gateway.generation import Asked, Output, Transcript
 from service.validation import invalid
 
 _REQUEST = TypeAdapter(ClassifyRequest)
+_FIELDS = tuple(one.name for one in fields(GenerateRequest))
+
+GenerateBody = body_model("GenerateBody", GenerateRequest.__doc__ or "", _FIELDS, nullable=False, stream=(bool, False))
+
+
+@dataclass(frozen=True)
+class TopObject:
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class LogprobObject:
+    """A token and its log-probability, null where there is nothing before it; `top` are the likeliest at its place."""
+
+    id: int
+    text: str
+    logprob: float | None
+    top: list[TopObject]
+
+
+@dataclass(frozen=True)
+class OutputObject:
+    """`stop` is the stop string or id that ended it, if one did; `logprobs` is null unless asked for."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    stop: str | int | None
+    logprobs: list[LogprobObject] | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The reply of /v1/generate. `prompt_logprobs`, a list a prompt, is what `echo` asks for; null otherwise."""
+
+    id: str
+    model: str
+    outputs: list[OutputObject]
+    prompt_logprobs: list[list[LogprobObject]] | None
+    usage: GenerateUsage
+    timing: GenerateTiming
 
 
 def parse(body: bytes, _path: Mapping[str, Any]) -> ClassifyRequest:
@@ -23,6 +85,70 @@ def parse(body: bytes, _path: Mapping[str, Any]) -> ClassifyRequest:
 
 def render(result: Classification) -> bytes:
     return orjson.dumps(result)
+
+
+def parse_generate(body: bytes, _path: Mapping[str, Any]) -> Asked:
+    """Raises InvalidRequest."""
+    sent: Any = read(GenerateBody, body)
+    values = {name: getattr(sent, name) for name in sent.model_fields_set if name != "stream"}
+    request = generate_request(values)
+    return Asked(request, sent.stream, partial(NativeAnswer, request))
+
+
+class NativeAnswer:
+    """Every token is an event, then every output's end is, then the whole's."""
+
+    def __init__(self, request: GenerateRequest, request_id: str) -> None:
+        self._request = request
+        self._id = request_id
+        self._model = ""
+        self._reasons: list[FinishReason | None] = [None] * request.num_outputs
+
+    def whole(self, transcript: Transcript) -> bytes:
+        prompts = [_prompt_logprobs(tokens) for tokens in transcript.prompts] if self._request.echo else None
+        outputs = [self._output(index, output) for index, output in enumerate(transcript.outputs)]
+        usage, timing = transcript.usage, transcript.timing
+        return orjson.dumps(Generation(self._id, transcript.model, outputs, prompts, usage, timing))
+
+    def _output(self, index: int, output: Output) -> OutputObject:
+        logprobs = None if self._request.logprobs is None else [_logprob(token) for token in output.logprobs]
+        return OutputObject(index, output.text, output.finish_reason, output.stop, logprobs)
+
+    def piece(self, event: Event) -> bytes:
+        match event:
+            case Token():
+                return _token_event(event)
+            case Finish(index, reason, text, stop):
+                self._reasons[index] = reason
+                about = {"index": index, "text": text, "finish_reason": reason, "stop": stop}
+                return sse.event(orjson.dumps(about))
+            case PromptTokens(prompt, tokens):
+                return sse.event(orjson.dumps({"prompt": prompt, "prompt_logprobs": _prompt_logprobs(tokens)}))
+            case End(usage, timing):
+                end = {"id": self._id, "model": self._model, "finish_reasons": self._reasons}
+                return sse.event(orjson.dumps(end | {"usage": usage, "timing": timing}))
+            case _:
+                self._model = event.model
+                return b""
+
+
+def _token_event(event: Token) -> bytes:
+    """The hot path: put together by hand, in a quarter of the time."""
+    text = orjson.dumps(event.text)
+    if event.logprob is None:
+        return b'data: {"index":%d,"text":%b,"token":{"id":%d,"text":%b}}\n\n' % (event.index, text, event.id, text)
+    token = orjson.dumps(_logprob(event.logprob))
+    return b'data: {"index":%d,"text":%b,"token":%b}\n\n' % (event.index, text, token)
+
+
+def _logprob(token: TokenLogprob) -> LogprobObject:
+    top = [TopObject(other.id, other.text, other.logprob) for other in token.top]
+    return LogprobObject(token.id, token.text, token.logprob, top)
+
+
+def _prompt_logprobs(tokens: tuple[TokenLogprob, ...]) -> list[LogprobObject]:
+    first = [LogprobObject(token.id, token.text, None, []) for token in tokens[:1]]
+    return first + [_logprob(token) for token in tokens[1:]]
 
 
 def model_object(info: ModelInfo) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which path is whose, and what OpenAPI says about it.
 
-The classification routes are declared to FastAPI, which documents and routes them, but `ClassifyEndpoint` answers them
-on the bare ASGI call. Everything else is plain FastAPI.
+What asks a model is declared to FastAPI, which documents and routes it, but an `Endpoint` answers it on the bare ASGI
+call. Everything else is plain FastAPI.
 """
 
 from collections.abc import Awaitable, Callable
@@ -13,17 +13,20 @@ from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
-from service.config import Settings
-from service.domain import Classification, ClassifyRequest, Score
+from service.domain import Classification, ClassifyRequest, ExplainRequest, Explanation, Score
 from service.gateway import huggingface, native
+from service.gateway.attend import Attention, AttentionBody, AttentionEndpoint, ExplainEndpoint
 from service.gateway.door import Door
-from service.gateway.endpoint import ClassifyEndpoint
+from service.gateway.endpoint import ClassifyEndpoint, Entrance
 from service.gateway.errors import ErrorBody, HuggingFaceErrorBody
+from service.gateway.generation import GenerateEndpoint
 from service.gateway.huggingface import HuggingFaceRequest
 from service.gateway.middleware import HEADERS
+from service.gateway.openai import chat, completions
 from service.metrics import Metrics
 from service.observed import Observed
 
+Endpoint = ClassifyEndpoint | GenerateEndpoint | AttentionEndpoint | ExplainEndpoint
 Signature = Callable[..., Awaitable[Any]]
 RequestId = Annotated[str | None, Header(description="Comes back in the reply and is in the log; made up when absent")]
 TimeoutMs = Annotated[int | None, Header(description="Milliseconds after which the request fails with 504")]
@@ -38,6 +41,13 @@ _STATUSES = {
     501: "The model exists but cannot do this",
     503: "Loading, draining, or no worker can be reached",
     504: "The deadline has passed",
+}
+
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "With `stream`, server-sent events instead; an error after the first is an event too",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
 }
 
 
@@ -61,11 +71,19 @@ def _key_checks(door: Door) -> list[Any]:
     return [Depends(check_key), *documented]
 
 
-def _add_classify_route(
-    app: FastAPI, path: str, endpoint: ClassifyEndpoint, signature: Signature, **about: Any
-) -> None:
-    """Route POST `path` to `endpoint`. `signature` is never called: it tells FastAPI what to document."""
-    app.add_api_route(path, signature, methods=["POST"], summary="Label one text or many", **about)
+def _signature(body: Any, reply: Any) -> Signature:
+    """Never called: it tells FastAPI what to document."""
+
+    async def signature(request: Any, x_request_id: RequestId = None, x_request_timeout_ms: TimeoutMs = None) -> Any:
+        raise NotImplementedError
+
+    signature.__annotations__ |= {"request": body, "return": reply}
+    return signature
+
+
+def _add_endpoint(app: FastAPI, path: str, endpoint: Endpoint, signature: Signature, **about: Any) -> None:
+    """Route POST `path` to `endpoint`."""
+    app.add_api_route(path, signature, methods=["POST"], **about)
     cast(APIRoute, app.router.routes[-1]).app = endpoint
 
 
@@ -87,36 +105,77 @@ def add_status_routes(app: FastAPI, backend: Observed, door: Door, metrics: Metr
         return Response(body, headers={"content-type": content_type})
 
 
-def add_native_routes(app: FastAPI, backend: Observed, door: Door, settings: Settings) -> None:
-    """/v1/classify and the models."""
-    about: dict[str, Any] = {"tags": ["native"], "dependencies": _key_checks(door)}
-    endpoint = ClassifyEndpoint("/v1/classify", backend, door, settings.request_timeout, native.parse, native.render)
+def add_native_routes(app: FastAPI, entrance: Entrance) -> None:
+    """/v1/classify, /v1/generate, /v1/attention, /v1/explain and the models."""
+    about: dict[str, Any] = {"tags": ["native"], "dependencies": _key_checks(entrance.door)}
+    errors = _errors(*_STATUSES)
+    _add_endpoint(
+        app,
+        "/v1/classify",
+        ClassifyEndpoint("/v1/classify", entrance, native.parse, native.render),
+        _signature(ClassifyRequest, Classification),
+        summary="Label one text or many",
+        responses=errors,
+        **about,
+    )
+    _add_endpoint(
+        app,
+        "/v1/generate",
+        GenerateEndpoint("/v1/generate", entrance, native.parse_generate),
+        _signature(native.GenerateBody, native.Generation),
+        summary="Continue a prompt or answer a chat, at once or as a stream",
+        responses=errors | _STREAM,
+        **about,
+    )
 
-    async def classify(
-        request: ClassifyRequest, x_request_id: RequestId = None, x_request_timeout_ms: TimeoutMs = None
-    ) -> Classification:
-        raise NotImplementedError
-
-    _add_classify_route(app, "/v1/classify", endpoint, classify, responses=_errors(*_STATUSES), **about)
+    _add_endpoint(
+        app,
+        "/v1/attention",
+        AttentionEndpoint("/v1/attention", entrance),
+        _signature(AttentionBody, Attention),
+        summary="Where the model looked when it predicted",
+        responses=errors,
+        **about,
+    )
+    _add_endpoint(
+        app,
+        "/v1/explain",
+        ExplainEndpoint("/v1/explain", entrance),
+        _signature(ExplainRequest, Explanation),
+        summary="What each token did for a label",
+        responses=errors,
+        **about,
+    )
 
     @app.get("/v1/models", summary="The served models", responses=_errors(401, 503), **about)
     async def models() -> Response:
-        return _json(native.model_list(await backend.models()))
+        return _json(native.model_list(await entrance.backend.models()))
 
     @app.get("/v1/models/{model_id:path}", summary="One model", responses=_errors(401, 404, 503), **about)
     async def model(model_id: str) -> Response:
-        return _json(native.model_object(native.find_model(await backend.models(), model_id)))
+        return _json(native.model_object(native.find_model(await entrance.backend.models(), model_id)))
 
 
-def add_huggingface_routes(app: FastAPI, backend: Observed, door: Door, settings: Settings) -> None:
+def add_openai_routes(app: FastAPI, entrance: Entrance) -> None:
+    """Completions and chat; the models have OpenAI's shape already."""
+    about: dict[str, Any] = {"tags": ["openai"], "dependencies": _key_checks(entrance.door)}
+    statuses = [status for status in _STATUSES if status not in (422, 501)]
+    errors = {400: _errors(422)[422]} | _errors(*statuses)
+    for path, dialect, body, reply, summary in (
+        ("/v1/completions", completions, completions.CompletionBody, completions.Completion, "Continue a prompt"),
+        ("/v1/chat/completions", chat, chat.ChatBody, chat.ChatCompletion, "Answer a chat"),
+    ):
+        endpoint = GenerateEndpoint(path, entrance, dialect.parse)
+        _add_endpoint(
+            app, path, endpoint, _signature(body, reply), summary=summary, responses=errors | _STREAM, **about
+        )
+
+
+def add_huggingface_routes(app: FastAPI, entrance: Entrance, max_inputs: int) -> None:
     """POST to the base URL or to a model's, and what the client asks about the server."""
-    about: dict[str, Any] = {"tags": ["hugging face"], "dependencies": _key_checks(door)}
+    about: dict[str, Any] = {"tags": ["hugging face"], "dependencies": _key_checks(entrance.door)}
     errors = _errors(*_STATUSES, body=HuggingFaceErrorBody)
-
-    async def pipeline(
-        request: HuggingFaceRequest, x_request_id: RequestId = None, x_request_timeout_ms: TimeoutMs = None
-    ) -> list[list[Score]]:
-        raise NotImplementedError
+    summary = "Label one text or many"
 
     async def pipeline_of_model(
         model_id: str,
@@ -126,19 +185,20 @@ def add_huggingface_routes(app: FastAPI, backend: Observed, door: Door, settings
     ) -> list[list[Score]]:
         raise NotImplementedError
 
-    for path, signature in (("/", pipeline), ("/models/{model_id:path}", pipeline_of_model)):
+    for path, signature in (
+        ("/", _signature(HuggingFaceRequest, list[list[Score]])),
+        ("/models/{model_id:path}", pipeline_of_model),
+    ):
         label = path.replace(":path", "")
-        endpoint = ClassifyEndpoint(
-            label, backend, door, settings.request_timeout, huggingface.parse, huggingface.render
-        )
-        _add_classify_route(app, path, endpoint, signature, responses=errors, **about)
+        endpoint = ClassifyEndpoint(label, entrance, huggingface.parse, huggingface.render)
+        _add_endpoint(app, path, endpoint, signature, summary=summary, responses=errors, **about)
 
     @app.get("/info", summary="What is served here", **about)
     async def info() -> Response:
-        return _json(huggingface.endpoint_info(await backend.models(), version("attnd"), settings.max_inputs))
+        return _json(huggingface.endpoint_info(await entrance.backend.models(), version("attnd"), max_inputs))
 
     @app.get("/health", summary="200 when it can serve", tags=["hugging face"])
     async def health() -> Response:
-        door.check_open()
-        await backend.models()
+        entrance.door.check_open()
+        await entrance.backend.models()
         return Response()

@@ -2,10 +2,11 @@
 
 server.py      the process's gRPC port: finds each call's method, and drains
 methods.py     what a method is, whatever carries it
-inference.py   attnd.v1.Inference: Classify, ClassifyStream, ListModels over a Backend
+inference.py   attnd.v1.Inference: its methods, over a Backend
+together.py    the events of a generation that came together, in one message
 health.py      grpc.health.v1.Health
 reflection.py  grpc.reflection.v1 and v1alpha
-codec.py       protobuf <-> domain
+codec/         protobuf <-> domain, one file a method
 errors.py      the exception tree <-> status codes with google.rpc details
 client.py      RemoteBackend: the seam again, answered by workers
 pb/            generated from proto/ by `make proto`; never edited

@@ -7,17 +7,29 @@ open requests, and again to another when a worker cannot be reached: a classific
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 import grpc
 
 from service.config import Settings
-from service.domain import Call, Classification, ClassifyRequest, ModelInfo
-from service.errors import AttndError, ConfigError, DeadlineExceeded, NotFound, Unavailable
-from service.rpc import codec
+from service.domain import (
+    AttentionMaps,
+    AttentionRequest,
+    Call,
+    Classification,
+    ClassifyRequest,
+    Event,
+    ExplainRequest,
+    Explanation,
+    GenerateRequest,
+    ModelInfo,
+)
+from service.errors import AttndError, ConfigError, DeadlineExceeded, NotFound, Unavailable, Unsupported
+from service.rpc.codec import attend, classify, generate, models
 from service.rpc.errors import DETAILS_KEY, error_from
-from service.rpc.inference import CLASSIFY, LIST_MODELS
+from service.rpc.inference import ATTENTION, CLASSIFY, EXPLAIN, GENERATE, LIST_MODELS
 from service.rpc.methods import REQUEST_ID
 
 MODELS_TIMEOUT_S = 2.0  # a worker that takes longer to say what it serves is not ready
@@ -36,6 +48,16 @@ _OPTIONS = (
 )
 
 
+_END: Any = vars(grpc.aio)["EOF"]  # missing from its type stubs
+
+_Metadata = tuple[tuple[str, str], ...]
+
+Answer = TypeVar("Answer")
+
+# Failures after which another worker is asked. The model may be on the one that cannot be reached, so that says more.
+_SAYS_MOST: list[type[AttndError]] = [Unavailable, Unsupported, NotFound]
+
+
 class RemoteBackend:
     """`addresses` are HOST:PORT of the workers, at least one."""
 
@@ -46,15 +68,43 @@ class RemoteBackend:
         self._turns = itertools.count()
 
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
-        message = codec.encode_request(request).SerializeToString()
+        message = classify.request_bytes(request)
+        return await self._first_answer(lambda worker: worker.classify(message, call))
+
+    async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
+        message = attend.request_bytes(request)
+        return await self._first_answer(lambda worker: worker.attention(message, call))
+
+    async def explain(self, request: ExplainRequest, call: Call) -> Explanation:
+        message = attend.explain_request_bytes(request)
+        return await self._first_answer(lambda worker: worker.explain(message, call))
+
+    async def _first_answer(self, ask: Callable[["_Worker"], Awaitable[Answer]]) -> Answer:
+        """Of the first worker that can be reached and has a fit model; otherwise the failure that says most."""
         failures: list[AttndError] = []
         for worker in self._in_order():
             try:
-                return await worker.classify(message, call)
-            except Unavailable as error:
-                failures.insert(0, error)  # the model may be on this one, so this says more than a NotFound
-            except NotFound as error:
+                return await ask(worker)
+            except (Unavailable, Unsupported, NotFound) as error:
                 failures.append(error)
+        raise min(failures, key=lambda error: _SAYS_MOST.index(type(error)))
+
+    async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+        """Another worker is tried until one has sent an event, never after: it would begin another text."""
+        message = generate.request_bytes(request)
+        failures: list[AttndError] = []
+        for worker in self._in_order():
+            has_begun = False
+            try:
+                async with aclosing(worker.generate(message, call)) as events:
+                    async for event in events:
+                        has_begun = True
+                        yield event
+                    return
+            except (Unavailable, NotFound) as error:
+                if has_begun:
+                    raise
+                failures.insert(0 if isinstance(error, Unavailable) else len(failures), error)
         raise failures[0]
 
     async def models(self) -> list[ModelInfo]:
@@ -88,41 +138,88 @@ class _Worker:
         channel: Any = grpc.aio.insecure_channel(address, options=_OPTIONS)  # its type stubs insist on serializers
         self._channel = channel
         self._classify = channel.unary_unary(CLASSIFY)
+        self._attention = channel.unary_stream(ATTENTION)
+        self._explain = channel.unary_unary(EXPLAIN)
+        self._generate = channel.unary_stream(GENERATE)
         self._list_models = channel.unary_unary(LIST_MODELS)
 
     async def classify(self, message: bytes, call: Call) -> Classification:
-        timeout_s = call.deadline - time.monotonic()
-        if timeout_s <= 0:
-            raise DeadlineExceeded("the deadline passed before a worker could be asked")
-        metadata = ((REQUEST_ID, call.request_id), *self._authorization)
+        return classify.parse_classification(await self._counted(self._classify, message, call))
+
+    async def explain(self, message: bytes, call: Call) -> Explanation:
+        return attend.parse_explanation(await self._counted(self._explain, message, call))
+
+    async def attention(self, message: bytes, call: Call) -> AttentionMaps:
+        async with aclosing(self._replies(self._attention, message, call)) as replies:
+            return attend.parse_maps([reply async for reply in replies])
+
+    async def generate(self, message: bytes, call: Call) -> AsyncGenerator[Event, None]:
+        async with aclosing(self._replies(self._generate, message, call)) as replies:
+            async for reply in replies:
+                for event in generate.parse_events(reply):
+                    yield event
+
+    async def _counted(self, method: Any, message: bytes, call: Call) -> bytes:
+        timeout_s, metadata = _time_left(call), self._metadata(call)
         self.num_open += 1
         try:
-            reply = await self._ask(self._classify, message, timeout_s, metadata)
+            return await self._ask(method, message, timeout_s, metadata)
         finally:
             self.num_open -= 1
-        return codec.parse_classification(reply)
+
+    async def _replies(self, method: Any, message: bytes, call: Call) -> AsyncGenerator[bytes, None]:
+        timeout_s, metadata = _time_left(call), self._metadata(call)
+        self.num_open += 1
+        stream = None
+        try:
+            stream = method(message, timeout=timeout_s, metadata=metadata)
+            # One message at a time: gRPC's flow control slows down a worker whose messages nobody takes.
+            while (reply := await stream.read()) is not _END:
+                self.down_until = 0.0
+                yield reply
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as failure:
+            raise self._error_of(failure) from None
+        finally:
+            self.num_open -= 1
+            if stream is not None:
+                stream.cancel()
 
     async def models(self) -> list[ModelInfo]:
         try:
-            return codec.parse_models(await self._ask(self._list_models, b"", MODELS_TIMEOUT_S, self._authorization))
+            return models.parse_models(await self._ask(self._list_models, b"", MODELS_TIMEOUT_S, self._authorization))
         except DeadlineExceeded:
             raise Unavailable(f"worker {self.address} does not answer") from None
 
     async def aclose(self) -> None:
         await self._channel.close()
 
-    async def _ask(self, method: Any, message: bytes, timeout_s: float, metadata: tuple[tuple[str, str], ...]) -> bytes:
+    async def _ask(self, method: Any, message: bytes, timeout_s: float, metadata: _Metadata) -> bytes:
         try:
             reply: bytes = await method(message, timeout=timeout_s, metadata=metadata)
-        except grpc.aio.AioRpcError as failure:
-            error = error_from(failure.code(), failure.details() or "", _details_of(failure))
-            if isinstance(error, Unavailable):
-                self.down_until = time.monotonic() + error.retry_after_s
-            raise error from None
-        except grpc.aio.UsageError:
-            raise Unavailable("the server is draining", code="draining") from None
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as failure:
+            raise self._error_of(failure) from None
         self.down_until = 0.0
         return reply
+
+    def _metadata(self, call: Call) -> _Metadata:
+        return ((REQUEST_ID, call.request_id), *self._authorization)
+
+    def _error_of(self, failure: grpc.aio.AioRpcError | grpc.aio.UsageError) -> AttndError:
+        """The error that the worker raised. Says when this worker is worth trying again."""
+        if isinstance(failure, grpc.aio.UsageError):  # the channel is closed
+            return Unavailable("the server is draining", code="draining")
+        error = error_from(failure.code(), failure.details() or "", _details_of(failure))
+        if isinstance(error, Unavailable):
+            self.down_until = time.monotonic() + error.retry_after_s
+        return error
+
+
+def _time_left(call: Call) -> float:
+    """Seconds until the deadline. Raises DeadlineExceeded."""
+    timeout_s = call.deadline - time.monotonic()
+    if timeout_s <= 0:
+        raise DeadlineExceeded("the deadline passed before a worker could be asked")
+    return timeout_s
 
 
 def _details_of(failure: grpc.aio.AioRpcError) -> bytes:

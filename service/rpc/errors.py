@@ -93,8 +93,10 @@ def error_from(status: StatusCode, message: str, details: bytes = b"") -> AttndE
         info, delay = _unpack(list(Status.FromString(details).details))
     except DecodeError:
         info, delay = ErrorInfo(), None
-    cls = _CLASS.get(status, EngineFailed)
     ours = info.domain == DOMAIN
+    cls = _CLASS.get(status, EngineFailed)
+    if cls is Cancelled and not ours:  # what gRPC itself makes of a call that reaches a server as it shuts down
+        cls, message = Unavailable, "the server is shutting down"
     code = info.reason if ours else None
     param = info.metadata["param"] or None if ours else None
     if issubclass(cls, Overloaded | Unavailable):

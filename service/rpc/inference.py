@@ -1,6 +1,6 @@
-"""attnd.v1.Inference over a Backend: its three methods, who may call them, and the order of a stream's replies.
+"""attnd.v1.Inference over a Backend: its methods, who may call them, and the order of a stream's replies.
 
-Knows no transport (methods.py) and no field of a message (codec.py).
+Knows no transport (methods.py) and no field of a message (codec/).
 """
 
 import asyncio
@@ -8,18 +8,23 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Any
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 from service.config import Settings
-from service.domain import Call, ClassifyRequest, Progress
+from service.domain import Call, Progress
 from service.errors import AttndError, EngineFailed, Unauthenticated
 from service.observed import Observed
-from service.rpc import codec
-from service.rpc.methods import Context, Methods, Received, Streaming, Unary
+from service.rpc.codec import attend, classify, generate, models
+from service.rpc.methods import Context, Methods, Received, ServerStreaming, Streaming, Unary
+from service.rpc.together import together
 
 SERVICE = "attnd.v1.Inference"
 CLASSIFY = f"/{SERVICE}/Classify"
 CLASSIFY_STREAM = f"/{SERVICE}/ClassifyStream"
+ATTENTION = f"/{SERVICE}/Attention"
+EXPLAIN = f"/{SERVICE}/Explain"
+GENERATE = f"/{SERVICE}/Generate"
 LIST_MODELS = f"/{SERVICE}/ListModels"
 
 # Requests of one stream that may be open at once: enough to fill the engine's next batches, and no more than that, so
@@ -28,6 +33,8 @@ WINDOW = 256
 
 # Replies to come, in order; None after the last.
 _Replies = asyncio.Queue[asyncio.Task[bytes] | None]
+
+AnyRequest = TypeVar("AnyRequest")
 
 _log = logging.getLogger("attnd.rpc")
 
@@ -42,17 +49,32 @@ class Inference:
         return {
             CLASSIFY: Unary(self.classify),
             CLASSIFY_STREAM: Streaming(self.classify_stream),
+            ATTENTION: ServerStreaming(self.attention),
+            EXPLAIN: Unary(self.explain),
+            GENERATE: ServerStreaming(self.generate),
             LIST_MODELS: Unary(self.list_models),
         }
 
     async def classify(self, received: Received, context: Context) -> bytes:
         call = self._call(context, context.request_id, context.begun)
-        request = self._understood(received, context, call, codec.parse_classify)
-        return codec.classification_bytes(await self._backend.classify(request, call))
+        request = self._understood(received, context, call, classify.parse_request)
+        return classify.classification_bytes(await self._backend.classify(request, call))
+
+    async def explain(self, received: Received, context: Context) -> bytes:
+        call = self._call(context, context.request_id, context.begun)
+        request = self._understood(received, context, call, attend.parse_explain_request)
+        return attend.explanation_bytes(await self._backend.explain(request, call))
+
+    async def attention(self, received: Received, context: Context) -> AsyncGenerator[bytes, None]:
+        """The summary, then each map in a message of its own, sent as fast as the caller takes them."""
+        call = self._call(context, context.request_id, context.begun)
+        request = self._understood(received, context, call, attend.parse_request)
+        for message in attend.maps_bytes(await self._backend.attention(request, call)):
+            yield message
 
     async def list_models(self, received: Received, context: Context) -> bytes:
         self._authenticate(context)
-        return codec.models_bytes(await self._backend.models())
+        return models.models_bytes(await self._backend.models())
 
     async def classify_stream(self, received: AsyncIterator[Received], context: Context) -> AsyncGenerator[bytes, None]:
         """Replies in the order of the requests, of which up to WINDOW are open at once."""
@@ -73,6 +95,14 @@ class Inference:
         finally:
             await _abandon(reader, task, replies)
 
+    async def generate(self, received: Received, context: Context) -> AsyncGenerator[bytes, None]:
+        """The events of a generation, in one message those that came together."""
+        call = self._call(context, context.request_id, context.begun)
+        request = self._understood(received, context, call, generate.parse_request)
+        async with aclosing(together(self._backend.generate(request, call))) as steps:
+            async for events in steps:
+                yield generate.events_bytes(events)
+
     async def _open_all(
         self, received: AsyncIterator[Received], context: Context, replies: _Replies, window: asyncio.Semaphore
     ) -> None:
@@ -90,13 +120,13 @@ class Inference:
         """The reply to one message of a stream, whatever becomes of it."""
         call = self._call(context, f"{context.request_id}.{number}", time.monotonic())
         try:
-            request = self._understood(received, context, call, codec.parse_stream_request)
-            return codec.stream_result(await self._backend.classify(request, call))
+            request = self._understood(received, context, call, classify.parse_stream_request)
+            return classify.stream_result(await self._backend.classify(request, call))
         except AttndError as error:
-            return codec.stream_error(error)
+            return classify.stream_error(error)
         except Exception:
             _log.exception("request %s failed", call.request_id)
-            return codec.stream_error(EngineFailed("internal error"))
+            return classify.stream_error(EngineFailed("internal error"))
 
     def _call(self, context: Context, request_id: str, begun: float) -> Call:
         deadline = begun + self._timeout_s
@@ -105,8 +135,8 @@ class Inference:
         return Call(request_id, context.path, deadline, Progress(begun))
 
     def _understood(
-        self, received: Received, context: Context, call: Call, parse: Callable[[bytes], ClassifyRequest]
-    ) -> ClassifyRequest:
+        self, received: Received, context: Context, call: Call, parse: Callable[[bytes], AnyRequest]
+    ) -> AnyRequest:
         """The request in a message, or the error that it has none, counted."""
         try:
             self._authenticate(context)

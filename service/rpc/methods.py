@@ -57,5 +57,12 @@ class Streaming:
     answers: Callable[[AsyncIterator[Received], Context], AsyncGenerator[bytes, None]]
 
 
+@dataclass(frozen=True, slots=True)
+class ServerStreaming:
+    """One message in, any number out; closing the returned generator abandons the work."""
+
+    answers: Callable[[Received, Context], AsyncGenerator[bytes, None]]
+
+
 # Full method path ("/package.Service/Method") -> method.
-Methods = Mapping[str, Unary | Streaming]
+Methods = Mapping[str, Unary | Streaming | ServerStreaming]

@@ -17,7 +17,16 @@ from service.errors import AttndError, ConfigError, EngineFailed, TooLarge, Unav
 from service.observed import Observed
 from service.rpc import health, inference, reflection
 from service.rpc.errors import DETAILS_KEY, rich_status, status_of
-from service.rpc.methods import REQUEST_ID, Context, Methods, Received, Streaming, Unary, request_id_of
+from service.rpc.methods import (
+    REQUEST_ID,
+    Context,
+    Methods,
+    Received,
+    ServerStreaming,
+    Streaming,
+    Unary,
+    request_id_of,
+)
 
 # A message over `max_body_bytes` gets our error and is counted up to this size; beyond, gRPC itself refuses it.
 _MIN_READ_BYTES = 1_048_576
@@ -78,6 +87,8 @@ class _Routes(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         for path, method in methods.items():
             if isinstance(method, Unary):
                 self._handlers[path] = grpc.unary_unary_rpc_method_handler(_unary(path, method, limit))
+            elif isinstance(method, ServerStreaming):
+                self._handlers[path] = grpc.unary_stream_rpc_method_handler(_server_streaming(path, method, limit))
             else:
                 self._handlers[path] = grpc.stream_stream_rpc_method_handler(_streaming(path, method, limit, reading))
 
@@ -124,7 +135,7 @@ def _unary(path: str, method: Unary, limit: int) -> Any:
 async def _read(call: Any, reading: set[asyncio.Task[Any]]) -> Any:
     """The next message of a stream. Raises Unavailable when the server drains meanwhile."""
     task = asyncio.current_task()
-    assert task is not None  # noqa: S101 - a coroutine always runs in one
+    assert task is not None
     reading.add(task)
     try:
         return await call.read()
@@ -137,19 +148,34 @@ async def _read(call: Any, reading: set[asyncio.Task[Any]]) -> Any:
 
 
 def _streaming(path: str, method: Streaming, limit: int, reading: set[asyncio.Task[Any]]) -> Any:
-    async def handle(_: AsyncIterator[bytes], call: Any) -> AsyncGenerator[bytes, None]:
-        context = _context(path, call)
-        call.set_trailing_metadata(_trailing(context))
-
+    async def handle(_: AsyncIterator[bytes], call: Any) -> None:
         async def received() -> AsyncIterator[Received]:
             while (data := await _read(call, reading)) is not _END:
                 yield _within(data, limit)
 
-        try:
-            async with aclosing(method.answers(received(), context)) as replies:
-                async for reply in replies:
-                    yield reply
-        except Exception as error:
-            await _abort(call, context, error)
+        context = _context(path, call)
+        await _send_all(method.answers(received(), context), call, context)
 
     return handle
+
+
+def _server_streaming(path: str, method: ServerStreaming, limit: int) -> Any:
+    async def handle(data: bytes, call: Any) -> None:
+        context = _context(path, call)
+        await _send_all(method.answers(_within(data, limit), context), call, context)
+
+    return handle
+
+
+async def _send_all(replies: AsyncGenerator[bytes, None], call: Any, context: Context) -> None:
+    """Send every reply, then the status. The replies are closed here, at once, also when the caller leaves meanwhile.
+
+    A handler that yielded them would stay open, until it is collected, when its call ends while a reply is being sent.
+    """
+    call.set_trailing_metadata(_trailing(context))
+    try:
+        async with aclosing(replies):
+            async for reply in replies:
+                await call.write(reply)
+    except Exception as error:
+        await _abort(call, context, error)

@@ -1,1 +1,1 @@
-"""Text -> ids -> batch -> ONNX Runtime -> scores, for the bundles of one process. Without torch."""
+"""Text -> ids -> ONNX Runtime -> scores or text, for the bundles of one process. Without torch. Start at local.py."""

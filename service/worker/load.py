@@ -1,5 +1,6 @@
 """From settings to served models: finds the bundles, checks them, opens their engines, warms them up."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,12 +8,20 @@ from service.config import Settings
 from service.errors import BundleError, ConfigError
 from service.metrics import Metrics
 from service.worker.bundle import Bundle, load_bundle
-from service.worker.classifier import Classifier
-from service.worker.engine import ClassificationEngine
+from service.worker.classification.classifier import Classifier
+from service.worker.classification.engine import ClassificationEngine
+from service.worker.generation.decoder import DecoderEngine, kv_bytes_per_token
+from service.worker.generation.generator import Generator
+from service.worker.generation.kv_budget import divide, kv_budget
+from service.worker.memory import available_memory
+from service.worker.pull import default_cache, pull, ready_bundle
 from service.worker.session import available_threads
+
+_log = logging.getLogger("attnd.load")
 
 SHIPPED = Path(__file__).parents[2] / "model" / "zoo"
 MANIFEST = "manifest.json"
+CHAT = "chat"  # the shipped model whose graph other weights can be bound to
 
 
 def shipped_bundles() -> dict[str, Path]:
@@ -36,9 +45,26 @@ def find_bundles(models: Sequence[str]) -> list[Path]:
     return found
 
 
-def load_bundles(models: Sequence[str]) -> list[Bundle]:
-    """The checked bundles. Raises BundleError for a broken one or two of one id, ConfigError as `find_bundles`."""
-    bundles = [load_bundle(path) for path in find_bundles(models)]
+def pull_model(model: str, settings: Settings) -> Path:
+    """The whole bundle of a shipped model, or of other weights for the shipped chat model's graph.
+
+    Raises ConfigError and BundleError.
+    """
+    cache, shipped = cache_of(settings), shipped_bundles()
+    return ready_bundle(shipped[model], cache) if model in shipped else pull(model, shipped.get(CHAT), cache)
+
+
+def cache_of(settings: Settings) -> Path:
+    return Path(settings.cache) if settings.cache else default_cache()
+
+
+def load_bundles(settings: Settings) -> list[Bundle]:
+    """The checked bundles; what does not come whole with attnd is made whole in the cache first.
+
+    Raises BundleError for a broken one or two of one id, ConfigError as `find_bundles`.
+    """
+    cache = cache_of(settings)
+    bundles = [load_bundle(ready_bundle(path, cache)) for path in find_bundles(settings.models)]
     ids = [bundle.manifest.id for bundle in bundles]
     for bundle in bundles:
         if ids.count(bundle.manifest.id) > 1:
@@ -46,12 +72,21 @@ def load_bundles(models: Sequence[str]) -> list[Bundle]:
     return bundles
 
 
-def load_classifiers(settings: Settings, metrics: Metrics) -> list[Classifier]:
+def load_models(settings: Settings, metrics: Metrics) -> list[Classifier | Generator]:
     """Every model, ready to start. Blocks for as long as hashing and warming up take."""
-    return [_open(bundle, settings, metrics) for bundle in load_bundles(settings.models)]
+    return [_open(bundle, settings, metrics) for bundle in load_bundles(settings)]
 
 
-def _open(bundle: Bundle, settings: Settings, metrics: Metrics) -> Classifier:
+def _open(bundle: Bundle, settings: Settings, metrics: Metrics) -> Classifier | Generator:
+    match bundle.manifest.task:
+        case "classification":
+            return _open_classifier(bundle, settings, metrics)
+        case "generation":
+            return _open_generator(bundle, settings, metrics)
+    raise BundleError(f"{bundle.directory} is for {bundle.manifest.task}, which this release does not serve")
+
+
+def _open_classifier(bundle: Bundle, settings: Settings, metrics: Metrics) -> Classifier:
     engine = ClassificationEngine(bundle, provider=settings.provider, fallback=settings.provider_fallback)
     engine.warm_up()
     return Classifier(
@@ -62,4 +97,41 @@ def _open(bundle: Bundle, settings: Settings, metrics: Metrics) -> Classifier:
         max_batch_tokens=settings.max_batch_tokens,
         max_waiting=settings.max_queue,
         max_inputs=settings.max_inputs,
+        max_attention_bytes=settings.max_attention_bytes,
+    )
+
+
+def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Generator:
+    """One thread takes steps, and each step computes on all threads: steps follow one another, inputs need not.
+
+    Where a classifier is served in the same process its threads compete with these for the same cores, and the system
+    shares them out; a classifier's runs are short, so that a step then takes longer by a few of them.
+    """
+    plan = divide(
+        kv_budget(settings.kv_cache_bytes, available_memory()),
+        bytes_per_token=kv_bytes_per_token(bundle),
+        max_tokens=bundle.manifest.limits.max_tokens,
+        max_rows=settings.max_batch,
+        has_prefixes=settings.prefix_cache,
+    )
+    engine = DecoderEngine(
+        bundle,
+        num_slots=plan.num_slots,
+        num_blocks=plan.num_blocks,
+        threads=settings.threads or available_threads(),
+        provider=settings.provider,
+        fallback=settings.provider_fallback,
+        spin=True,  # a step has some 300 nodes, most of them short: two thirds of the time, measured with one row
+    )
+    engine.warm_up()
+    if plan.max_rows < settings.max_batch:
+        _log.warning("%s: keys and values of %d outputs fit, not of max_batch", bundle.manifest.id, plan.max_rows)
+    return Generator(
+        bundle,
+        engine,
+        metrics,
+        vocab_size=engine.vocab_size,
+        max_rows=plan.max_rows,
+        max_waiting=settings.max_queue_outputs,
+        num_blocks=plan.num_blocks,
     )

@@ -1,43 +1,91 @@
 """LocalBackend: the models of this process, and whether it can serve."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 
-from service.domain import Call, Classification, ClassifyRequest, ModelInfo, choose_model
-from service.errors import Unavailable
-from service.worker.classifier import Classifier
+from service.domain import (
+    AttentionMaps,
+    AttentionRequest,
+    Call,
+    Classification,
+    ClassifyRequest,
+    Event,
+    ExplainRequest,
+    Explanation,
+    GenerateRequest,
+    ModelInfo,
+    attention_tasks,
+    choose_model,
+    generation_tasks,
+)
+from service.errors import Unavailable, Unsupported
+from service.worker.classification.classifier import Classifier
+from service.worker.generation.generator import Generator
+
+Served = Classifier | Generator
 
 
 class LocalBackend:
     """Serves what `load` returns. It is not ready before `start` has returned nor after `aclose` was called."""
 
-    def __init__(self, load: Callable[[], Sequence[Classifier]], *, drain_timeout_s: float) -> None:
+    def __init__(self, load: Callable[[], Sequence[Served]], *, drain_timeout_s: float) -> None:
         self._load = load
         self._drain_timeout_s = drain_timeout_s
-        self._classifiers: dict[str, Classifier] = {}
+        self._served: dict[str, Served] = {}
+        self._models: list[ModelInfo] = []
         self._refusal: Unavailable | None = Unavailable("the models are being loaded", code="loading")
 
     async def start(self) -> None:
-        """Load every bundle, in a thread, so that probes are answered meanwhile. Raises BundleError."""
+        """Load every bundle, in a thread, so that probes are answered meanwhile. Raises BundleError, ConfigError."""
         loaded = await asyncio.to_thread(self._load)
-        for classifier in loaded:
-            classifier.start()
-            self._classifiers[classifier.info.id] = classifier
+        for one in loaded:
+            one.start()
+            self._served[one.info.id] = one
+        self._models = [one.info for one in self._served.values()]
         self._refusal = None
 
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
-        chosen = choose_model(await self.models(), "classification", request.model)
-        return await self._classifiers[chosen.id].classify(request, call)
+        chosen = choose_model(self._ready(), ("classification",), request.model)
+        classifier = self._served[chosen.id]
+        assert isinstance(classifier, Classifier)
+        return await classifier.classify(request, call)
+
+    async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
+        chosen = choose_model(self._ready(), attention_tasks(request), request.model)
+        model = self._served[chosen.id]
+        if not isinstance(model, Classifier):
+            message = f"model {chosen.id!r} is for {chosen.task}; so far only models for classification tell attention"
+            raise Unsupported(message, param="model", code="no_attention")
+        return await model.attention(request, call)
+
+    async def explain(self, request: ExplainRequest, call: Call) -> Explanation:
+        chosen = choose_model(self._ready(), ("classification",), request.model)
+        classifier = self._served[chosen.id]
+        assert isinstance(classifier, Classifier)
+        return await classifier.explain(request, call)
+
+    async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+        chosen = choose_model(self._ready(), generation_tasks(request), request.model)
+        generator = self._served[chosen.id]
+        assert isinstance(generator, Generator)
+        async with aclosing(generator.generate(request, call)) as events:
+            async for event in events:
+                yield event
 
     async def models(self) -> list[ModelInfo]:
+        return self._ready()
+
+    def _ready(self) -> list[ModelInfo]:
+        """The served models. Raises Unavailable while loading, while draining, and once an engine has failed."""
         if self._refusal is not None:
             raise Unavailable(self._refusal.message, code=self._refusal.code)
-        dead = [name for name, classifier in self._classifiers.items() if not classifier.is_alive]
+        dead = [name for name, one in self._served.items() if not one.is_alive]
         if dead:
             raise Unavailable(f"the engine of {', '.join(dead)} has failed", code="engine_dead")
-        return [classifier.info for classifier in self._classifiers.values()]
+        return self._models
 
     async def aclose(self) -> None:
         """Refuse what comes, finish what was accepted within the drain timeout, end the engine threads."""
         self._refusal = Unavailable("the server is draining", code="draining")
-        await asyncio.gather(*(one.aclose(self._drain_timeout_s) for one in self._classifiers.values()))
+        await asyncio.gather(*(one.aclose(self._drain_timeout_s) for one in self._served.values()))

@@ -7,8 +7,12 @@ from pathlib import Path
 from tokenizers import Encoding
 from tokenizers import Tokenizer as RustTokenizer
 
-from service.domain import TextInput
+from service.domain import AttendedToken, Part, TextInput
 from service.errors import BundleError, TooLarge
+
+_PARTS: tuple[Part, Part] = ("text", "text_pair")
+# Names that tokenizers give to what stands for a token that is not told, the best first.
+_BLANKS = ("[MASK]", "<mask>", "[UNK]", "<unk>", "[PAD]", "<pad>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +33,40 @@ class Encoded:
         """For each token the characters (start, end) of the text that it came from; (0, 0) for a special one."""
         return self.encoding.offsets
 
+    @property
+    def is_special(self) -> Sequence[bool]:
+        """For each token whether the tokenizer added it."""
+        return [part is None for part in self.encoding.sequence_ids]
+
+    def told(self) -> tuple[AttendedToken, ...]:
+        """The tokens as a caller is told of them."""
+        one = self.encoding
+        rows = zip(self.ids, one.tokens, one.offsets, one.sequence_ids, strict=True)
+        return tuple(
+            AttendedToken(id, text, 0, 0, True, None)
+            if part is None
+            else AttendedToken(id, text, *offsets, False, _PARTS[part])
+            for id, text, offsets, part in rows
+        )
+
+
+def load_tokenizer(path: Path) -> RustTokenizer:
+    """A tokenizer.json that neither pads nor cuts. Raises BundleError."""
+    try:
+        tokenizer = RustTokenizer.from_file(str(path))
+    except Exception as error:  # the binding raises bare Exception
+        raise BundleError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
 
 class Tokenizer:
     """A bundle's tokenizer.json, cutting at `max_tokens` and never padding. Thread-safe; encoding releases the GIL."""
 
     def __init__(self, path: Path, max_tokens: int) -> None:
-        try:
-            self._whole = RustTokenizer.from_file(str(path))
-            self._cut = RustTokenizer.from_file(str(path))
-        except Exception as error:  # the binding raises bare Exception
-            raise BundleError(f"{path} is not a tokenizer: {error}") from error
+        self._whole, self._cut = load_tokenizer(path), load_tokenizer(path)
         self.max_tokens = max_tokens
-        self._whole.no_padding()
-        self._whole.no_truncation()
-        self._cut.no_padding()
         self._cut.enable_truncation(max_tokens)
 
     def encode(self, inputs: Sequence[TextInput], *, truncate: bool) -> list[Encoded]:
@@ -53,6 +77,12 @@ class Tokenizer:
                 if one.is_truncated:
                     raise self._too_long(index, inputs[index])
         return encoded
+
+    @property
+    def blank_id(self) -> int | None:
+        """What to put in a token's place to hide it: the mask token, else the unknown one, else padding, if any."""
+        found = (self._whole.token_to_id(name) for name in _BLANKS)
+        return next((id for id in found if id is not None), None)
 
     def _encode(self, item: TextInput) -> Encoded:
         encoding = self._cut.encode(item.text, item.text_pair)

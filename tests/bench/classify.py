@@ -8,7 +8,6 @@ meanwhile hits all alike. Ratios are taken round by round. All on the same cores
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from .ceiling import Plan, Shape, plan_json, shapes
 from .contenders import PEER_NAMES, attnd, candidates, peer_server
 from .environments import python_of, version_of
 from .loads import has_wrk, module_command
+from .machine import machine, say
 from .measurement import Bench, Point, bodies_file, measure, points_of, wrong_replies
 from .report import Rounds, full, summary, table, verdict_lines, verdicts
 from .sentences import own_sentences, read_sentences
@@ -31,10 +31,6 @@ from .tuning import Tried, best_of, tuned
 
 _SEARCH_SECONDS = 1.5
 _PACKAGES = {"litserve": "litserve", "bentoml": "bentoml", "pipeline": "transformers"}
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -106,12 +102,6 @@ def run_rounds(bench: Bench, servers: Sequence[Server], plan: Plan, num_rounds: 
             for process, bodies in processes if turn % 2 == 0 else reversed(processes):
                 measure_contender(bench, process, bodies, rounds, turn)
     return rounds
-
-
-def machine() -> dict[str, Any]:
-    cpu = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0))}
 
 
 def tune_peers(names: Sequence[str], given: argparse.Namespace, bench: Bench) -> dict[str, list[Tried]]:

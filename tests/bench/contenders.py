@@ -10,6 +10,7 @@ from .environments import python_of
 from .servers import Server, free_port
 
 PEERS = Path(__file__).with_name("peers")
+ROOT = PEERS.parents[2]
 PEER_NAMES = ("pipeline", "litserve", "bentoml")
 
 
@@ -63,18 +64,20 @@ def attnd(bundle: Path, arguments: tuple[str, ...] = ()) -> Server:
     port, grpc_port = free_port(), free_port()
     return Server(
         name="attnd",
-        command=(
-            sys.executable,
-            *("-m", "service", "serve", f"--http-port={port}", f"--grpc-port={grpc_port}", f"--models={bundle}"),
-            *arguments,
-        ),
+        command=serve_command(str(bundle), port, grpc_port, arguments),
         port=port,
         grpc_port=grpc_port,
         path="/v1/classify",
         body_of=text_body,
         label_of=lambda reply: str(reply["results"][0][0]["label"]),
-        directory=PEERS.parents[2],
+        directory=ROOT,
     )
+
+
+def serve_command(model: str, port: int, grpc_port: int, arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """`attnd serve`, from the checkout's ROOT. `model` is a bundle directory or the id of a shipped model."""
+    ports = (f"--http-port={port}", f"--grpc-port={grpc_port}")
+    return (sys.executable, "-m", "service", "serve", *ports, f"--models={model}", *arguments)
 
 
 def litserve(bundle: Path, cache: Path, tuning: Tuning) -> Server:

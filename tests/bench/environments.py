@@ -10,10 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # torch is asked for alone and first: with an exact version pip takes a CPU build where the index offers one.
+# "pipeline" is transformers', for classification and generation, and ONNX Runtime GenAI's, whose builder needs both.
 REQUIREMENTS: Mapping[str, Sequence[Sequence[str]]] = {
     "litserve": (("litserve==0.2.19", "onnxruntime>=1.24,<2", "tokenizers>=0.22,<1"),),
     "bentoml": (("bentoml>=1.4,<2", "onnxruntime>=1.24,<2", "tokenizers>=0.22,<1"),),
-    "pipeline": (("torch==2.13.0",), ("transformers>=5,<6", "fastapi>=0.115,<1", "uvicorn[standard]>=0.34,<1")),
+    "pipeline": (
+        ("torch==2.13.0",),
+        ("transformers>=5,<6", "accelerate>=1,<2", "gguf>=0.17,<1", "fastapi>=0.115,<1", "uvicorn[standard]>=0.34,<1"),
+        ("onnxruntime-genai==0.18.0", "onnx>=1.20,<2", "onnx-ir<1"),
+    ),
 }
 
 

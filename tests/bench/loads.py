@@ -1,6 +1,7 @@
-"""Runs a load generator as a process of its own and reads back one `Sample`: wrk for REST, `generator` for the rest.
+"""Runs a load generator as a process of its own and reads back one sample.
 
-Knows how each generator is called; nothing of servers or of what is compared with what.
+wrk for REST, `generator` for gRPC and Poisson arrivals, `stream_generator` for generation. Knows how each is called;
+nothing of servers or of what is compared with what.
 """
 
 import json
@@ -10,9 +11,12 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .figures import Latency, Sample, sample_from
 from .generator import Load
+from .stream_generator import StreamLoad
+from .streams import StreamSample, stream_sample_from
 
 
 class LoadFailed(Exception):
@@ -26,14 +30,23 @@ def module_command(name: str) -> tuple[list[str], Path]:
     return [sys.executable, "-m", f"{package}.{name}"], top
 
 
-def run_generator(load: Load) -> Sample:
-    command, directory = module_command("generator")
+def run_module(name: str, described: Any) -> Any:
+    """Run a sibling module as a process on `described` as JSON; what its last line says. Raises LoadFailed."""
+    command, directory = module_command(name)
     finished = subprocess.run(
-        command, cwd=directory, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False
+        command, cwd=directory, input=json.dumps(described), capture_output=True, text=True, check=False
     )
     if finished.returncode != 0:
-        raise LoadFailed(f"the load generator failed: {finished.stderr.strip()[-500:]}")
-    return sample_from(json.loads(finished.stdout.splitlines()[-1]))
+        raise LoadFailed(f"{name} failed: {finished.stderr.strip()[-500:]}")
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def run_generator(load: Load) -> Sample:
+    return sample_from(run_module("generator", asdict(load)))
+
+
+def run_streams(load: StreamLoad) -> StreamSample:
+    return stream_sample_from(run_module("stream_generator", asdict(load)))
 
 
 def has_wrk() -> bool:

@@ -1,0 +1,90 @@
+"""The circumstances of a request, and where its time went."""
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where a request's time went, in seconds.
+
+    tokenize: from admission until all texts were tokens. queue: from there until the first of them entered a batch.
+    compute: from there until the last of them left the engine. total: from the first byte seen to the result.
+    """
+
+    queue_seconds: float
+    tokenize_seconds: float
+    compute_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True)
+class GenerateTiming:
+    """Where a generation's time went, in seconds.
+
+    tokenize: from admission until all prompts were tokens. queue: from there until the first of them was prefilled.
+    prefill: from there to the first token. decode: from the first token to the last. first_token: from the first byte
+    seen to the first token. total: to the last event. Stages never reached have 0.
+    """
+
+    queue_seconds: float
+    tokenize_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    first_token_seconds: float
+    total_seconds: float
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a request has come, as `time.monotonic()` instants in seconds; None where it has not been yet.
+
+    The one mutable thing about a call: whoever does the work marks it, and however the request ends, its timing is read
+    from here.
+    """
+
+    begun: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    tokenized: float | None = None
+    started: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+    def timing(self, now: float) -> Timing:
+        """The stage that was under way at `now` gets the time until then; stages never reached get 0."""
+        admitted = now if self.admitted is None else self.admitted
+        tokenized = now if self.tokenized is None else self.tokenized
+        started = now if self.started is None else self.started
+        finished = now if self.finished is None else self.finished
+        return Timing(
+            queue_seconds=max(0.0, started - tokenized),
+            tokenize_seconds=max(0.0, tokenized - admitted),
+            compute_seconds=max(0.0, finished - started),
+            total_seconds=now - self.begun,
+        )
+
+    def generate_timing(self, now: float) -> GenerateTiming:
+        """As `timing`, for a generation."""
+        until_first = self.timing(now if self.first_token is None else self.first_token)
+        first_token = now if self.first_token is None else self.first_token
+        return GenerateTiming(
+            queue_seconds=until_first.queue_seconds,
+            tokenize_seconds=until_first.tokenize_seconds,
+            prefill_seconds=0.0 if self.started is None else first_token - self.started,
+            decode_seconds=0.0 if self.first_token is None else (self.finished or now) - self.first_token,
+            first_token_seconds=0.0 if self.first_token is None else self.first_token - self.begun,
+            total_seconds=now - self.begun,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The circumstances of a request: who asked, through which route, until when, and how far it is.
+
+    `deadline` is a `time.monotonic()` instant in seconds.
+    """
+
+    request_id: str
+    route: str
+    deadline: float
+    progress: Progress = field(default_factory=Progress)

@@ -1,0 +1,144 @@
+"""One generation over HTTP, in any dialect, in one piece or as a stream of events.
+
+A dialect is how a body becomes what is `Asked`, and how events become bytes: an `Answer`, one a request.
+"""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from service.domain import (
+    End,
+    Event,
+    Finish,
+    FinishReason,
+    GenerateRequest,
+    GenerateTiming,
+    GenerateUsage,
+    PromptTokens,
+    Start,
+    Token,
+    TokenLogprob,
+)
+from service.gateway import sse
+from service.gateway.endpoint import Entrance, Parse, send_json
+from service.gateway.errors import body_of, failure_of_any, in_dialect
+from service.gateway.exchange import Receive, Scope, Send
+
+PING_SECONDS = 15.0
+
+
+@dataclass(slots=True)
+class Output:
+    """What one output consists of so far."""
+
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # none unless they were asked for
+    finish_reason: FinishReason = "stop"  # until its Finish comes
+    stop: str | int | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+@dataclass(slots=True)
+class Transcript:
+    """A whole generation, for a reply in one piece. `prompts` is empty unless asked for with `echo`."""
+
+    model: str
+    outputs: list[Output]
+    usage: GenerateUsage
+    timing: GenerateTiming
+    prompts: list[tuple[TokenLogprob, ...]]
+
+
+class Answer(Protocol):
+    """How the reply to one request reads."""
+
+    def whole(self, transcript: Transcript) -> bytes:
+        """The body of a reply in one piece."""
+        ...
+
+    def piece(self, event: Event) -> bytes:
+        """The server-sent events that `event` makes, maybe none; called with every event in turn."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, whether its reply is a stream, and its Answer, given the request's id."""
+
+    request: GenerateRequest
+    is_stream: bool
+    answer: Callable[[str], Answer]
+
+
+@dataclass(frozen=True)
+class GenerateEndpoint:
+    """`route` labels the metrics."""
+
+    route: str
+    entrance: Entrance
+    parse: Parse[Asked]
+    ping_seconds: float = PING_SECONDS
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises an AttndError, which the middleware answers unless the reply has begun.
+
+        A client that leaves cancels this, and so closes the backend's generator.
+        """
+        asked, call = await self.entrance.admit(self.route, self.parse, scope, receive)
+        answer = asked.answer(call.request_id)
+        async with aclosing(self.entrance.backend.generate(asked.request, call)) as events:
+            if not asked.is_stream:
+                transcript = await collect(events, asked.request.num_outputs)
+            else:
+                await _stream(events, answer, scope["path"], call.request_id, send, self.ping_seconds)
+                return
+        await send_json(send, answer.whole(transcript))
+
+
+async def _stream(
+    events: AsyncGenerator[Event, None], answer: Answer, path: str, request_id: str, send: Send, ping_seconds: float
+) -> None:
+    """Raises what ends the generation before its end; once the head is out, it is also said as the last event."""
+    first = await anext(events)
+    stream = sse.EventStream(send, ping_seconds=ping_seconds)
+    await stream.open()
+    try:
+        await stream.write(answer.piece(first))
+        async for event in events:
+            await stream.write(answer.piece(event))
+    except Exception as error:
+        failure = in_dialect(failure_of_any(error, request_id), path)
+        await stream.close(sse.event(body_of(failure, path)))
+        raise
+    finally:
+        stream.abandon()
+    await stream.close(sse.DONE)
+
+
+async def collect(events: AsyncGenerator[Event, None], num_outputs: int) -> Transcript:
+    """All `events`, the last of which is an End."""
+    model, usage, timing = "", GenerateUsage(0, 0, 0), GenerateTiming(0, 0, 0, 0, 0, 0)
+    outputs = [Output() for _ in range(num_outputs)]
+    prompts: list[tuple[TokenLogprob, ...]] = []
+    async for event in events:
+        if type(event) is Token:
+            output = outputs[event.index]
+            output.pieces.append(event.text)
+            if event.logprob is not None:
+                output.logprobs.append(event.logprob)
+        elif type(event) is Finish:
+            output = outputs[event.index]
+            output.pieces.append(event.text)
+            output.finish_reason, output.stop = event.finish_reason, event.stop
+        elif type(event) is PromptTokens:
+            prompts.append(event.tokens)
+        elif type(event) is Start:
+            model = event.model
+        elif type(event) is End:
+            usage, timing = event.usage, event.timing
+    return Transcript(model, outputs, usage, timing, prompts)

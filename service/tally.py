@@ -1,0 +1,105 @@
+"""What is known of one generation while its events cross the seam: tokens, gaps between them, how its outputs ended."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+from service.domain import Call, End, Event, Finish, GenerateTiming, Start, Token
+from service.metrics import Metrics
+
+Clock = Callable[[], float]
+
+
+class Tally:
+    """`take` every event, in order. What happens per token costs a few microseconds: it counts with kept children."""
+
+    __slots__ = (
+        "_call",
+        "_clock",
+        "_count_token",
+        "_last",
+        "_metrics",
+        "_observe_gap",
+        "end",
+        "finish_reasons",
+        "model",
+        "num_tokens",
+        "start",
+    )
+
+    def __init__(self, call: Call, metrics: Metrics, clock: Clock, *, model: str) -> None:
+        """`clock` gives seconds as `time.monotonic` does; `model` labels a generation that fails before its start."""
+        self._call = call
+        self._metrics = metrics
+        self._clock = clock
+        self._last: dict[int, float] = {}  # output -> when its latest token came
+        self.model = model
+        self.num_tokens = 0
+        self.finish_reasons: Counter[str] = Counter()
+        self.start: Start | None = None
+        self.end: End | None = None
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, Token):
+            self._take_token(event.index)
+        elif isinstance(event, Finish):
+            self._take_finish(event)
+        elif isinstance(event, Start):
+            self._take_start(event)
+        elif isinstance(event, End):
+            self._take_end(event)
+
+    def _take_token(self, index: int) -> None:
+        now = self._clock()
+        before = self._last.get(index)
+        if before is not None:
+            self._observe_gap(now - before)
+        self._last[index] = now
+        self.num_tokens += 1
+        self._count_token()
+
+    def _take_start(self, start: Start) -> None:
+        progress = self._call.progress
+        if progress.first_token is None:  # a worker in another process does not mark our call
+            progress.first_token = self._clock()
+        self.start = start
+        self.model = start.model
+        self._observe_gap = self._metrics.token_gap(start.model).observe
+        self._count_token = self._metrics.generated_tokens(start.model).inc
+        self._metrics.observe_prompt(self._call.route, start.model, start.prompt_tokens)
+
+    def _take_finish(self, finish: Finish) -> None:
+        self.finish_reasons[finish.finish_reason] += 1
+        self._metrics.finished_outputs(self.model, finish.finish_reason).inc()
+
+    def _take_end(self, end: End) -> None:
+        self.end = end
+        usage = end.usage
+        if usage.completion_tokens > self.num_tokens:  # tokens that nobody was shown, as the one that ends a text
+            self._metrics.generated_tokens(self.model).inc(usage.completion_tokens - self.num_tokens)
+        self.num_tokens = usage.completion_tokens
+        self._metrics.cached_tokens(self._call.route, self.model).observe(usage.cached_tokens)
+
+    def timing(self) -> GenerateTiming:
+        """Where the time went until now: the worker's own stages once there is an end, else as far as it came."""
+        known = self._call.progress.generate_timing(self._clock())
+        if self.end is None:
+            return known
+        return replace(
+            self.end.timing, first_token_seconds=known.first_token_seconds, total_seconds=known.total_seconds
+        )
+
+    def fields(self, timing: GenerateTiming) -> dict[str, object]:
+        """The fields of a log line that only generations have; without what is not known."""
+        fields: dict[str, object] = {"completion_tokens": self.num_tokens}
+        if self.start is not None:
+            fields |= {
+                "prompt_tokens": self.start.prompt_tokens,
+                "first_token_seconds": round(timing.first_token_seconds, 6),
+                "finish_reasons": dict(self.finish_reasons),
+            }
+        if self.num_tokens > 1 and timing.decode_seconds > 0:
+            fields["tokens_per_second"] = round((self.num_tokens - 1) / timing.decode_seconds, 3)
+        if self.end is not None:
+            fields["cached_tokens"] = self.end.usage.cached_tokens
+        return fields

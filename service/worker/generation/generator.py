@@ -1,0 +1,271 @@
+"""One served generation model: admission, prompts, the engine loop, events.
+
+Everything here runs on the asyncio thread, except what the engine thread calls and the reading of long prompts (a
+worker thread). A request that is left, in whatever way, is closed in `generate`'s finally, and nowhere else.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
+
+from service.domain import (
+    Call,
+    End,
+    Event,
+    Finish,
+    GenerateRequest,
+    GenerateUsage,
+    ModelInfo,
+    Start,
+)
+from service.errors import AttndError, DeadlineExceeded, EngineFailed, Overloaded, TooLarge, Unavailable
+from service.metrics import Metrics
+from service.worker.bundle import Bundle
+from service.worker.generation.loop import Done, Engine, GenerationLoop
+from service.worker.generation.output import Output
+from service.worker.generation.prefix_cache import CHUNK
+from service.worker.generation.prompt_tokenizer import PromptTokenizer
+from service.worker.generation.prompts import PromptReader, num_characters
+from service.worker.generation.sampling import Sampler
+from service.worker.generation.scheduler import Scheduler, slots_for
+from service.worker.generation.sequence import Job, Prompt, Sequence
+
+LONG_TEXT = 4096  # characters from which on tokenizing would hold up the event loop (about 1 ms)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reader:
+    """Whoever reads a request's events: where they wait for it, and whether it has left."""
+
+    events: "asyncio.Queue[Event | AttndError]" = field(default_factory=asyncio.Queue)
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Generator:
+    """A bundle, ready to generate once `start` has been called on the event loop that will use it."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        vocab_size: int,
+        max_rows: int,
+        max_waiting: int,
+        num_blocks: int,
+    ) -> None:
+        manifest = bundle.manifest
+        assert manifest.generation is not None
+        self.info = ModelInfo(manifest.id, manifest.task, manifest.created, manifest.facts())
+        self._defaults = manifest.generation
+        self._vocab_size = vocab_size
+        self._tokenizer = PromptTokenizer(bundle.tokenizer_path)
+        self._prompts = PromptReader(bundle, self._tokenizer, vocab_size=vocab_size)
+        self._metrics = metrics
+        self._max_rows = max_rows
+        self._max_waiting = max_waiting
+        self._num_blocks = num_blocks
+        self._kv_capacity = slots_for(max_rows) * manifest.limits.max_tokens + num_blocks * CHUNK
+        self._output_seconds = 0.0  # from slot to end lately, for Retry-After
+        self._open: dict[Job, Reader] = {}
+        self._failure: BaseException | None = None
+        self._loop = GenerationLoop(
+            engine,
+            Scheduler(max_rows=max_rows, max_waiting=max_waiting, num_blocks=num_blocks),
+            publish=self._publish_from_thread,
+            died=self._died_in_thread,
+            name=manifest.id,
+        )
+
+    def start(self) -> None:
+        self._asyncio = asyncio.get_running_loop()
+        loop, name = self._loop, self.info.id
+        self._metrics.set_load(name, waiting=lambda: loop.num_waiting, running=lambda: loop.num_running)
+        self._metrics.set_kv(name, lambda: (loop.num_kept_tokens, self._kv_capacity), block_tokens=CHUNK)
+        self._loop.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._failure is None
+
+    async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+        job = Job(request.num_outputs, call.progress)
+        self._admit(request, job, call)
+        reader = self._open[job] = Reader()
+        alarm = self._asyncio.call_later(call.deadline - time.monotonic(), self._expire, job)
+        num_missing = job.num_outputs
+        try:
+            prompts = await self._read(request)
+            sequences = self._sequences(request, job, prompts)
+            call.progress.tokenized = time.monotonic()
+            self._loop.add(sequences)
+            event = await self._next(reader)
+            yield Start(self.info.id, sum(len(prompt.ids) for prompt in prompts))
+            while True:
+                yield event
+                num_missing -= isinstance(event, Finish)
+                if not num_missing:
+                    break
+                event = await self._next(reader)
+            yield End(_usage(request, prompts, sequences), call.progress.generate_timing(time.monotonic()))
+        finally:
+            alarm.cancel()
+            self._close(job, is_abandoned=num_missing > 0)
+            reader.left.set()
+
+    def _admit(self, request: GenerateRequest, job: Job, call: Call) -> None:
+        """Refuse what cannot be served, then take a place in the queue, before any work is done."""
+        if call.deadline <= time.monotonic():
+            raise self._expired(job)
+        if self._failure is not None:
+            raise Unavailable(f"the engine of {self.info.id} has failed", code="engine_dead")
+        self._prompts.check(request)
+        if job.num_outputs > self._max_waiting:
+            message = f"{job.num_outputs} outputs in one request, the limit is {self._max_waiting}"
+            raise TooLarge(message, param="n", code="too_many_outputs")
+        try:
+            self._loop.admit(job)
+        except Overloaded as error:
+            error.retry_after_s = self._seconds_of_work()
+            raise
+        job.progress.admitted = time.monotonic()
+
+    def _seconds_of_work(self) -> float:
+        """How long what waits now will wait for a slot, between 0.1 and 30 seconds."""
+        seconds = self._output_seconds * self._loop.num_waiting / self._max_rows
+        return min(30.0, max(0.1, seconds)) if seconds else 1.0
+
+    async def _read(self, request: GenerateRequest) -> list[Prompt]:
+        if num_characters(request) < LONG_TEXT:
+            return self._prompts.read(request)
+        return await asyncio.to_thread(self._prompts.read, request)
+
+    def _sequences(self, request: GenerateRequest, job: Job, prompts: Several[Prompt]) -> list[Sequence]:
+        """One for each output. With a seed, an output depends on its prompt and its place among those of the prompt."""
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        return [
+            Sequence(
+                job,
+                index=prompt.index * request.n + place,
+                prompt=prompt,
+                output=self._output(request, prompt, prompt.index * request.n + place, seed + place),
+                is_echoed=request.echo and place == 0,
+            )
+            for prompt in prompts
+            for place in range(request.n)
+        ]
+
+    def _output(self, request: GenerateRequest, prompt: Prompt, index: int, seed: int) -> Output:
+        end_ids = () if request.ignore_eos else self._defaults.end_ids
+        temperature = self._defaults.temperature if request.temperature is None else request.temperature
+        sampler = Sampler(
+            request,
+            temperature=temperature,
+            seed=seed,
+            prompt_ids=prompt.ids,
+            end_ids=end_ids,
+            vocab_size=self._vocab_size,
+        )
+        return Output(
+            index,
+            request,
+            sampler=sampler,
+            detokenizer=self._tokenizer.detokenizer(),
+            names=self._tokenizer,
+            end_ids=end_ids,
+            max_tokens=self._prompts.room(request, prompt),
+        )
+
+    async def _next(self, reader: Reader) -> Event:
+        event = await reader.events.get()
+        if isinstance(event, AttndError):
+            raise event
+        return event
+
+    def _close(self, job: Job, *, is_abandoned: bool = False) -> None:
+        if self._open.pop(job, None) is not None and is_abandoned:
+            job.closed_at = time.monotonic()
+        self._loop.close(job)
+
+    def _expired(self, job: Job) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the deadline passed after {time.monotonic() - job.progress.begun:.3f} s")
+
+    def _expire(self, job: Job) -> None:
+        self._fail(job, self._expired(job))
+
+    def _fail(self, job: Job, error: AttndError) -> None:
+        if (reader := self._open.get(job)) is not None:
+            reader.events.put_nowait(error)
+            self._close(job)
+
+    # --- engine thread
+
+    def _publish_from_thread(self, done: Done) -> None:
+        self._asyncio.call_soon_threadsafe(self._publish, done)
+
+    def _died_in_thread(self, error: BaseException) -> None:
+        self._asyncio.call_soon_threadsafe(self._die, error)
+
+    # --- asyncio thread again
+
+    def _publish(self, done: Done) -> None:
+        for job, event in done.events:
+            if (reader := self._open.get(job)) is not None:
+                reader.events.put_nowait(event)
+            if isinstance(event, Finish):
+                self._learn(job)
+        for sequence in done.failed:
+            self._fail(sequence.job, EngineFailed(f"the engine failed on output {sequence.index}"))
+        self._count(done)
+
+    def _learn(self, job: Job) -> None:
+        if job.progress.started is not None:
+            seconds = time.monotonic() - job.progress.started
+            self._output_seconds = 0.9 * self._output_seconds + 0.1 * seconds if self._output_seconds else seconds
+
+    def _count(self, done: Done) -> None:
+        metrics, name, step = self._metrics, self.info.id, done.step
+        metrics.observe_step(
+            name,
+            rows=len(step.rows),
+            prefill_tokens=sum(chunk.end - chunk.start for chunk in step.chunks),
+            prefill_seconds=done.prefill_seconds,
+            decode_seconds=done.decode_seconds,
+        )
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            if self._num_blocks and chunk.start == sequence.num_cached and not sequence.is_echoed:  # its first
+                metrics.observe_prefix(name, queried=len(sequence.prompt.ids), hit=sequence.num_cached)
+        for job in step.released:
+            if job.closed_at is not None:
+                metrics.observe_released(name, done.begun - job.closed_at)
+
+    def _die(self, error: BaseException) -> None:
+        self._failure = error
+        for job in list(self._open):
+            self._fail(job, EngineFailed(f"the engine of {self.info.id} has failed"))
+
+    # --- the end
+
+    async def aclose(self, timeout_s: float) -> None:
+        """Wait up to `timeout_s` seconds for open requests, fail those that remain, end the engine thread."""
+        leaving = [asyncio.ensure_future(reader.left.wait()) for reader in self._open.values()]
+        if leaving:
+            _, staying = await asyncio.wait(leaving, timeout=timeout_s)
+            for one in staying:
+                one.cancel()
+        for job in list(self._open):
+            self._fail(job, Unavailable("the server is stopping", code="draining"))
+        await asyncio.to_thread(self._loop.stop)
+
+
+def _usage(request: GenerateRequest, prompts: Several[Prompt], sequences: Several[Sequence]) -> GenerateUsage:
+    return GenerateUsage(
+        prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
+        completion_tokens=sum(one.output.num_tokens for one in sequences),
+        cached_tokens=sum(one.num_cached for one in sequences[:: request.n]),
+    )

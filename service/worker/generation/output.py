@@ -1,0 +1,105 @@
+"""One output in the making: logits in, events out. Sampling, log-probabilities, text, and when it ends.
+
+Knows no slot, no queue and no neighbour: what an output says depends on its own logits and request alone.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.domain import Event, Finish, FinishReason, GenerateRequest, PromptTokens, Token, TokenLogprob
+from service.worker.generation.detokenizer import Detokenizer, StopStrings
+from service.worker.generation.sampling import Sampler, logprobs
+
+Logits = NDArray[np.float32]
+
+
+class NamesTokens(Protocol):
+    """What a tokenizer knows of single tokens."""
+
+    def token_text(self, token: int) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+class Output:
+    """`end_ids` end it, as do the request's stop ids and strings, and `max_tokens` do."""
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerateRequest,
+        *,
+        sampler: Sampler,
+        detokenizer: Detokenizer,
+        names: NamesTokens,
+        end_ids: Collection[int],
+        max_tokens: int,
+    ) -> None:
+        self._index = index
+        self._sampler = sampler
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(request.stop)
+        self._names = names
+        self._num_top = request.logprobs
+        self._min_tokens = request.min_tokens
+        self._max_tokens = max_tokens
+        self._stop_ids = frozenset(request.stop_token_ids)
+        self._end_ids = frozenset(end_ids)
+        self._echoed: list[TokenLogprob] = []
+        self.num_tokens = 0  # written, the one that ended it included
+        self.last_id = -1
+        self.is_finished = False
+
+    def read(self, ids: Sequence[int], start: int, logits: Logits) -> None:
+        """For echo: (len(logits), vocabulary), the logits of a prompt's tokens `ids` from `start` on."""
+        if start == 0:
+            self._echoed.append(self._named(ids[0], 0.0))
+        for token, row in zip(ids[start + 1 :], logits, strict=False):  # the last row is of the first token to write
+            self._echoed.append(self._logprob(row, token))
+
+    def echoed(self, prompt: int) -> PromptTokens:
+        """What was read, as the event for the request's prompt of that index."""
+        tokens, self._echoed = tuple(self._echoed), []
+        return PromptTokens(prompt, tokens)
+
+    def write(self, logits: Logits) -> Iterator[Event]:
+        """One more token, from (vocabulary,). Raises EngineFailed if they are not finite."""
+        token = self._sampler.sample(logits)
+        self.num_tokens += 1
+        self.last_id = token
+        if token in self._stop_ids:
+            yield self._end("stop", token)
+        elif token in self._end_ids:
+            yield self._end("stop")
+        else:
+            yield from self._say(token, logits)
+
+    def _say(self, token: int, logits: Logits) -> Iterator[Event]:
+        text, stop = self._detokenizer.add(token), None
+        if self.num_tokens >= self._min_tokens:
+            text, stop = self._stops.feed(text)
+        logprob = None if self._num_top is None else self._logprob(logits, token)
+        yield Token(self._index, token, text, logprob)
+        if stop is not None:
+            self.is_finished = True
+            yield Finish(self._index, "stop", "", stop)
+        elif self.num_tokens >= self._max_tokens:
+            yield self._end("length")
+
+    def _end(self, reason: FinishReason, stop: int | None = None) -> Finish:
+        """The end, with all text that was held back; which may complete a stop string still."""
+        self.is_finished = True
+        text, matched = self._stops.feed(self._detokenizer.flush())
+        if matched is not None:
+            return Finish(self._index, "stop", text, matched)
+        return Finish(self._index, reason, text + self._stops.flush(), stop)
+
+    def _logprob(self, logits: Logits, token: int) -> TokenLogprob:
+        own, top = logprobs(logits, token, self._num_top or 0)
+        return self._named(token, own, tuple(self._named(one, value) for one, value in top))
+
+    def _named(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        return TokenLogprob(token, self._names.token_text(token), self._names.token_bytes(token), logprob, top)

@@ -1,0 +1,86 @@
+"""A request's prompts as token ids that the model can take, or an error that says what it cannot."""
+
+from collections.abc import Sequence
+
+from service.domain import GenerateRequest
+from service.errors import InvalidRequest, TooLarge, Unsupported
+from service.worker.bundle import Bundle
+from service.worker.generation.chat_template import ChatTemplate
+from service.worker.generation.prompt_tokenizer import PromptTokenizer
+from service.worker.generation.sampling import check_ids, check_token_ids
+from service.worker.generation.sequence import Prompt
+
+
+def num_characters(request: GenerateRequest) -> int:
+    """Of text to tokenize."""
+    if request.messages is not None:
+        return sum(len(message.content) for message in request.messages)
+    return sum(len(prompt) for prompt in request.prompt or () if isinstance(prompt, str))
+
+
+class PromptReader:
+    """Thread-safe."""
+
+    def __init__(self, bundle: Bundle, tokenizer: PromptTokenizer, *, vocab_size: int) -> None:
+        """Raises BundleError for a chat template that is none."""
+        generation = bundle.manifest.generation
+        assert generation is not None
+        self._id = bundle.manifest.id
+        self._bos_id = generation.bos_id
+        self._max_tokens = bundle.manifest.limits.max_tokens
+        self._vocab_size = vocab_size
+        self._tokenizer = tokenizer
+        self._template = _chat_template(bundle, tokenizer)
+
+    def check(self, request: GenerateRequest) -> None:
+        """What can be told without tokenizing. Raises Unsupported and InvalidRequest."""
+        if request.messages is not None and self._template is None:
+            message = f"model {self._id!r} has no chat template; send prompt instead of messages"
+            raise Unsupported(message, param="messages", code="no_chat_template")
+        if request.num_beams > 1:
+            message = f"num_beams is {request.num_beams}, model {self._id!r} writes with 1"
+            raise Unsupported(message, param="num_beams", code="no_beams")
+        check_token_ids(request, self._vocab_size)
+
+    def read(self, request: GenerateRequest) -> list[Prompt]:
+        """Raises InvalidRequest, also for ids that the model does not have, and TooLarge for a prompt without room."""
+        if request.messages is not None:
+            assert self._template is not None
+            return [self._fitting(0, self._tokenizer.encode_chat(self._template, request.messages), "messages")]
+        return [self._prompt(index, prompt) for index, prompt in enumerate(request.prompt or ())]
+
+    def room(self, request: GenerateRequest, prompt: Prompt) -> int:
+        """How many tokens may be written behind `prompt`: what is asked for, cut to what fits. Raises TooLarge."""
+        room = self._max_tokens - len(prompt.ids)
+        if request.min_tokens > room:
+            message = (
+                f"min_tokens is {request.min_tokens}, the {len(prompt.ids)} tokens of prompt leave room for {room}"
+            )
+            raise TooLarge(message, param="min_tokens", code="context_length_exceeded")
+        return room if request.max_tokens is None else min(room, request.max_tokens)
+
+    def _prompt(self, index: int, prompt: str | tuple[int, ...]) -> Prompt:
+        param = f"prompt.{index}"
+        if isinstance(prompt, str):
+            return self._fitting(index, self._tokenizer.encode(prompt), param)
+        check_ids(prompt, self._vocab_size, param)
+        return self._fitting(index, prompt, param)
+
+    def _fitting(self, index: int, ids: Sequence[int], param: str) -> Prompt:
+        if not ids:
+            if self._bos_id is None:
+                raise InvalidRequest(f"{param} has no tokens, at least one is needed", param=param)
+            ids = (self._bos_id,)
+        if len(ids) >= self._max_tokens:
+            message = f"{param} has {len(ids)} tokens; with at least one to write, the limit is {self._max_tokens}"
+            raise TooLarge(message, param=param, code="context_length_exceeded")
+        return Prompt(index, ids)
+
+
+def _chat_template(bundle: Bundle, tokenizer: PromptTokenizer) -> ChatTemplate | None:
+    path, generation = bundle.chat_template_path, bundle.manifest.generation
+    if path is None or generation is None:
+        return None
+    begin = "" if generation.bos_id is None else tokenizer.token_text(generation.bos_id)
+    end = tokenizer.token_text(generation.end_ids[0]) if generation.end_ids else ""
+    return ChatTemplate(path.read_text(encoding="utf-8"), bos_token=begin, eos_token=end)

@@ -1,0 +1,262 @@
+"""What the engine does next. Policy only: no arrays, no sockets, no threads, no clock.
+
+Slots 0 to B-1 hold the B outputs that are being written, one row of a decode step each; prompts are read in slots above
+those. Every step continues every row by a token, and reads a bounded piece of the waiting prompts, so that a long one
+stalls nobody. A prompt that is complete joins the rows at the next step; what has ended or whose caller has gone leaves
+before it, and its hole is filled. Prompts are cut at every multiple of CHUNK from their own start, and between those
+at multiples of GRAIN, as the budget has it, but never so that only a few tokens are left. Such pieces give the same
+bits as the whole (tests and model.verify_decoder compare them), so that a prompt's never depend on what else runs.
+
+Whose piece is read: in turn that of the shortest prompt and that of the one with the lowest rank, so that short ones
+are soon done and long ones too. A request's n-th output ranks like the first of a request that came n requests later.
+"""
+
+from bisect import insort
+from collections.abc import Collection
+from collections.abc import Sequence as Several
+
+from service.errors import Overloaded
+from service.worker.generation.prefix_cache import CHUNK, Block, PrefixCache
+from service.worker.generation.sequence import Job, Sequence
+from service.worker.generation.step import Chunk, Move, Restore, Step
+
+# What a step may spend on prompts, in units of a token at a prompt's start. Beside rows it is about twice what the rows
+# cost, so that no gap between two tokens is over three times the usual one; else it is how long a newcomer may wait.
+IDLE_BUDGET = 4 * CHUNK
+GRAIN = 16  # tokens; pieces of prompts are multiples of this
+LEAST = 8  # what is left of a budget when it is not worth a run of the graph
+FAR = 2048  # tokens of context at which a token costs twice as much as at the start
+
+
+def budget_beside(num_rows: int) -> int:
+    return 16 + 3 * num_rows if num_rows else IDLE_BUDGET
+
+
+def piece(start: int, end: int, budget: int) -> tuple[int, int]:
+    """Where a piece of (start, end) ends that costs about `budget`, and what it costs; a small rest is not left."""
+    num_tokens = max(1, round(budget * FAR / (FAR + start) / GRAIN)) * GRAIN
+    end = end if end - start <= num_tokens + GRAIN // 2 else start + num_tokens
+    return end, (end - start) * (FAR + start) // FAR
+
+
+def slots_for(max_rows: int) -> int:
+    """Slots that `max_rows` outputs need: one spare, so that two can change places."""
+    return max_rows + (max_rows > 1)
+
+
+class Scheduler:
+    """At most `max_rows` outputs hold a slot; `max_waiting` bounds admitted outputs that do not yet."""
+
+    def __init__(self, *, max_rows: int, max_waiting: int, num_blocks: int) -> None:
+        self._max_rows = max_rows
+        self._max_waiting = max_waiting
+        self._cache = PrefixCache(num_blocks)
+        self._first_block: Block | None = self._cache.root if num_blocks else None
+        self._waiting: list[Sequence] = []  # by rank
+        self._prefilling: list[Sequence] = []
+        self._rows: list[Sequence] = []
+        self._num_jobs = 0
+        self._num_added = 0
+        self._num_chunks = 0
+        self.num_waiting = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._rows) + len(self._prefilling)
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Tokens whose K/V are in use: those of outputs that hold a slot, and those of the prefix cache."""
+        in_slots = sum(one.num_computed for one in (*self._rows, *self._prefilling))
+        return in_slots + CHUNK * self._cache.num_used
+
+    # --- from the asyncio thread
+
+    def admit(self, job: Job) -> None:
+        """Take a place for each output of `job`, before any work is done for it. Raises Overloaded."""
+        if self.num_waiting + job.num_outputs > self._max_waiting:
+            message = (
+                f"the queue is full: {self.num_waiting} outputs wait, {job.num_outputs} more do not fit "
+                f"under the limit of {self._max_waiting}"
+            )
+            raise Overloaded(message)
+        job.num_waiting = job.num_outputs
+        self.num_waiting += job.num_outputs
+
+    def add(self, sequences: Several[Sequence]) -> None:
+        """Queue the outputs of one admitted job."""
+        for offset, sequence in enumerate(sequences):
+            sequence.rank = (self._num_jobs + offset, self._num_added)
+            sequence.num_known = len(self._cache.find(sequence.reusable))
+            self._num_added += 1
+            if not sequence.job.is_closed:
+                insort(self._waiting, sequence, key=_rank)
+        self._num_jobs += 1
+
+    def close(self, job: Job) -> None:
+        """Nobody waits for `job` any more: its places are free now, its slots before the next step."""
+        job.is_closed = True
+        self.num_waiting -= job.num_waiting
+        job.num_waiting = 0
+        self._waiting = [one for one in self._waiting if one.job is not job]
+
+    # --- from the engine thread
+
+    def next_step(self) -> Step:
+        step = Step()
+        self._drop_unfinished_prompts(step)
+        self._settle_rows(step)
+        step.rows = list(self._rows)
+        step.lengths = [row.num_computed for row in self._rows]
+        for row in self._rows:
+            row.num_computed += 1
+        self._plan_chunks(step, budget_beside(len(self._rows)))
+        return step
+
+    def computed(self, chunk: Chunk) -> int | None:
+        """`chunk` is in its slot. Returns the block of the pool for the CHUNK tokens that it completes, if any."""
+        sequence = chunk.sequence
+        if sequence.block is None or chunk.end % CHUNK:
+            return None
+        block, is_new = self._cache.insert(sequence.block, sequence.prompt.chunks[chunk.end // CHUNK - 1])
+        self._stand_on(sequence, block)
+        return block.index if block is not None and is_new else None
+
+    def finish(self, sequence: Sequence) -> None:
+        """`sequence` is complete or has failed; it leaves before the next step."""
+        sequence.is_finished = True
+
+    # --- leaving and joining
+
+    def _drop_unfinished_prompts(self, step: Step) -> None:
+        for sequence in [one for one in self._prefilling if one.has_left]:
+            self._prefilling.remove(sequence)
+            self._free(sequence, step)
+
+    def _settle_rows(self, step: Step) -> None:
+        """Rows that ended leave; complete prompts take their places, or new ones; the last rows fill what is left."""
+        holes = [place for place, row in enumerate(self._rows) if row.has_left]
+        for place in holes:
+            self._free(self._rows[place], step)
+        for sequence in sorted((one for one in self._prefilling if one.is_prefilled), key=lambda one: one.slot):
+            self._prefilling.remove(sequence)
+            self._stand_on(sequence, None)
+            if holes:
+                place = holes.pop(0)
+                self._rows[place] = sequence
+            else:
+                place = len(self._rows)
+                self._make_way(sequence, place, step)
+                self._rows.append(sequence)
+            _move(sequence, place, step)
+        for place in reversed(holes):  # from the last, so that no hole is filled with another
+            last = self._rows.pop()
+            if place < len(self._rows):
+                self._rows[place] = last
+                _move(last, place, step)
+
+    def _make_way(self, joining: Sequence, slot: int, step: Step) -> None:
+        for sequence in self._prefilling:
+            if sequence.slot == slot:
+                _move(sequence, self._free_slot(slot + 1, besides=joining.slot), step)
+
+    def _free_slot(self, lowest: int, *, besides: int = -1) -> int:
+        """There always is one: a slot is spare."""
+        taken = {besides, *(one.slot for one in self._prefilling)}
+        return next(slot for slot in range(lowest, slots_for(self._max_rows)) if slot not in taken)
+
+    def _free(self, sequence: Sequence, step: Step) -> None:
+        self._stand_on(sequence, None)
+        if sequence.job.is_closed:
+            step.released.append(sequence.job)
+
+    # --- prompts
+
+    def _plan_chunks(self, step: Step, budget: int) -> None:
+        """Pieces of prompts that together cost at most about `budget`."""
+        passed_over: set[Sequence] = set()
+        while budget >= LEAST and (sequence := self._pick(passed_over)) is not None:
+            if sequence.slot < 0 and self._is_coming(sequence):
+                passed_over.add(sequence)
+                continue
+            start, end = sequence.next_chunk
+            end, cost = piece(start, end, budget)
+            if sequence.slot < 0:
+                self._start(sequence, step)
+                self._restore(sequence, step)
+            sequence.num_computed = end
+            forks = self._fork(sequence, step) if sequence.is_prefilled else ()
+            step.chunks.append(Chunk(sequence, start, end, forks))
+            self._num_chunks += 1
+            budget -= cost
+
+    @property
+    def _num_places(self) -> int:
+        return self._max_rows - len(self._rows) - len(self._prefilling)
+
+    def _pick(self, passed_over: Collection[Sequence]) -> Sequence | None:
+        """The prompt to read a piece of: of those that have a slot and, while places are free, of those that wait."""
+        candidates = [one for one in self._prefilling if not one.is_prefilled]
+        if self._num_places > 0:
+            candidates += [one for one in self._waiting if one not in passed_over]
+        by = _rank if self._num_chunks % 2 else _shortest
+        return min(candidates, key=by, default=None)
+
+    def _is_coming(self, sequence: Sequence) -> bool:
+        """Whether the next chunk it needs is the next that another prompt is computing: then it waits for that."""
+        known = self._cache.find(sequence.reusable)
+        sequence.num_known = len(known)
+        if len(known) == len(sequence.reusable):
+            return False
+        behind, wanted = known[-1] if known else self._cache.root, sequence.reusable[len(known)]
+        return any(
+            one.block is behind and len(one.prompt.chunks) > len(known) and one.prompt.chunks[len(known)] == wanted
+            for one in self._prefilling
+        )
+
+    def _start(self, sequence: Sequence, step: Step) -> None:
+        self._waiting.remove(sequence)
+        sequence.job.num_waiting -= 1
+        self.num_waiting -= 1
+        sequence.slot = self._free_slot(len(self._rows))
+        self._prefilling.append(sequence)
+        step.started.append(sequence)
+
+    def _restore(self, sequence: Sequence, step: Step) -> None:
+        """Nothing is evicted between plan and execution: only computed chunks need room, and they come later."""
+        blocks = self._cache.find(sequence.reusable)
+        self._cache.use(blocks)
+        step.restores += [Restore(block.index, sequence.slot, at * CHUNK) for at, block in enumerate(blocks)]
+        sequence.num_computed = sequence.num_cached = len(blocks) * CHUNK
+        self._stand_on(sequence, blocks[-1] if blocks else self._first_block)
+
+    def _fork(self, sequence: Sequence, step: Step) -> tuple[Sequence, ...]:
+        """Other outputs of the prompt that is being completed, as far as it would be their turn to start."""
+        next_ones = self._waiting[: max(0, self._num_places)]
+        forks = tuple(one for one in next_ones if one.prompt is sequence.prompt)
+        for fork in forks:
+            self._start(fork, step)
+            fork.num_computed = sequence.num_computed
+        return forks
+
+    def _stand_on(self, sequence: Sequence, block: Block | None) -> None:
+        """Hold the block behind which the next chunk of `sequence` is to be inserted, let go of the one before."""
+        if block is not None:
+            self._cache.hold(block)
+        if sequence.block is not None:
+            self._cache.release(sequence.block)
+        sequence.block = block
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
+
+
+def _shortest(sequence: Sequence) -> tuple[int, tuple[int, int]]:
+    return sequence.num_missing, sequence.rank
+
+
+def _move(sequence: Sequence, slot: int, step: Step) -> None:
+    if sequence.slot != slot:
+        step.moves.append(Move(sequence.slot, slot, sequence.num_computed))
+        sequence.slot = slot

@@ -1,0 +1,1 @@
+"""Other people's weights -> the weight file of a bundle, in numpy: reading checkpoints, packing, fetching, binding."""

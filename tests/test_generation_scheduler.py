@@ -1,0 +1,428 @@
+"""The generation scheduler as lists. A memory made of lists executes its steps and checks that every row is its own."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from service.domain import Progress
+from service.errors import Overloaded
+from service.worker.generation.prefix_cache import CHUNK
+from service.worker.generation.scheduler import IDLE_BUDGET, Scheduler, budget_beside, piece, slots_for
+from service.worker.generation.sequence import Job, Prompt, Sequence
+from service.worker.generation.step import Step
+
+NOBODY: Any = None  # writes no text
+
+
+class Machine:
+    """What an engine would do: slots and blocks as lists of tokens, each step executed in its order."""
+
+    def __init__(self, *, max_rows: int = 4, max_waiting: int = 1000, num_blocks: int = 16) -> None:
+        self.max_rows = max_rows
+        self.scheduler = Scheduler(max_rows=max_rows, max_waiting=max_waiting, num_blocks=num_blocks)
+        self.slots: list[list[int]] = [[] for _ in range(slots_for(max_rows))]
+        self.blocks: list[list[int]] = [[] for _ in range(num_blocks)]
+        self.read: dict[Sequence, list[int]] = {}  # what each sequence's slot must hold
+        self.spans: dict[Sequence, list[tuple[int, int]]] = {}  # what was computed of each prompt
+        self.written: dict[Sequence, int] = {}
+
+    def add(self, *prompts: list[int], n: int = 1, is_echoed: bool = False) -> list[Sequence]:
+        """One request."""
+        job = Job(len(prompts) * n, Progress())
+        self.scheduler.admit(job)
+        whole = [Prompt(index, ids) for index, ids in enumerate(prompts)]
+        added = [Sequence(job, index, whole[index // n], NOBODY, is_echoed) for index in range(job.num_outputs)]
+        self.scheduler.add(added)
+        return added
+
+    def step(self) -> Step:
+        step = self.scheduler.next_step()
+        assert set(step.rows) == {one for one in self.written if not one.has_left}
+        for move in step.moves:
+            self.slots[move.target][:] = self.slots[move.source][: move.num_tokens]
+        for restore in step.restores:
+            del self.slots[restore.slot][restore.start :]
+            self.slots[restore.slot] += self.blocks[restore.block]
+        for chunk in step.chunks:
+            self._prefill(chunk)
+        assert [row.slot for row in step.rows] == list(range(len(step.rows)))
+        for row, length in zip(step.rows, step.lengths, strict=True):
+            self._read(row, length, [-row.last_id])
+            self._write(row)
+        assert len(step.rows) + len(self.scheduler._prefilling) <= self.max_rows
+        return step
+
+    def _prefill(self, chunk: Any) -> None:
+        sequence = chunk.sequence
+        self.read.setdefault(sequence, list(sequence.prompt.ids[: chunk.start]))
+        self._read(sequence, chunk.start, sequence.prompt.ids[chunk.start : chunk.end])
+        self.spans.setdefault(sequence, []).append((chunk.start, chunk.end))
+        if (block := self.scheduler.computed(chunk)) is not None:
+            self.blocks[block] = self.slots[sequence.slot][chunk.end - CHUNK : chunk.end]
+        for fork in chunk.forks:
+            self.slots[fork.slot][:] = self.slots[sequence.slot]
+            self.read[fork] = list(sequence.prompt.ids)
+        for complete in (sequence, *chunk.forks) if chunk.is_last else ():
+            self._write(complete)
+
+    def _read(self, sequence: Sequence, start: int, ids: Any) -> None:
+        slot = self.slots[sequence.slot]
+        assert slot[:start] == self.read[sequence], f"slot {sequence.slot} holds somebody else's tokens"
+        slot[start:] = ids
+        self.read[sequence] += ids
+
+    def _write(self, sequence: Sequence) -> None:
+        self.written[sequence] = self.written.get(sequence, 0) + 1
+        sequence.last_id = sequence.rank[1] + 1
+
+    def run_until(self, condition: Callable[[], bool], *, at_most: int = 1000) -> int:
+        for count in range(at_most):
+            if condition():
+                return count
+            self.step()
+        raise AssertionError(f"not after {at_most} steps")
+
+    def finish(self, *sequences: Sequence) -> None:
+        for sequence in sequences:
+            self.scheduler.finish(sequence)
+
+
+def ids(length: int, first: int = 1) -> list[int]:
+    return list(range(first, first + length))
+
+
+def rows(step: Step) -> list[int]:
+    return [row.rank[1] for row in step.rows]
+
+
+def covered(spans: list[tuple[int, int]]) -> tuple[int, int]:
+    """What pieces cover that follow one another without a gap."""
+    assert [start for start, _ in spans[1:]] == [end for _, end in spans[:-1]]
+    return spans[0][0], spans[-1][1]
+
+
+def planned(step: Step) -> list[tuple[int, int, int]]:
+    return [(chunk.sequence.rank[1], chunk.start, chunk.end) for chunk in step.chunks]
+
+
+def test_nothing_to_do_is_an_empty_step() -> None:
+    assert Machine().step().is_empty
+
+
+def test_a_complete_prompt_joins_the_rows_at_the_next_step_while_others_run() -> None:
+    machine = Machine()
+    machine.add(ids(10))
+    assert (planned(machine.step()), rows(machine.step())) == ([(0, 0, 10)], [0])
+    machine.add(ids(20, 100))
+    step = machine.step()
+    assert (planned(step), rows(step)) == ([(1, 0, 20)], [0])
+    assert rows(machine.step()) == [0, 1]
+
+
+def test_an_ended_row_leaves_at_once_and_the_last_one_fills_its_hole() -> None:
+    machine = Machine()
+    first, *_ = machine.add(ids(5), ids(6), ids(7))
+    machine.run_until(lambda: machine.scheduler.num_running == 3)
+    machine.step()
+    machine.finish(first)
+    step = machine.step()
+    assert rows(step) == [2, 1]
+    assert [(move.source, move.target) for move in step.moves] == [(2, 0)]
+
+
+def test_a_newcomer_takes_the_hole_of_an_ended_row() -> None:
+    machine = Machine()
+    first, *_ = machine.add(ids(5), ids(6))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 2)
+    machine.add(ids(7, 50))
+    machine.step()
+    machine.finish(first)
+    step = machine.step()
+    assert rows(step) == [2, 1]
+    assert [(move.source, move.target) for move in step.moves] == [(2, 0)]
+
+
+def test_all_rows_ending_together_leave_nothing() -> None:
+    machine = Machine()
+    everything = machine.add(ids(5), ids(6), ids(7))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 3)
+    machine.finish(*everything)
+    assert machine.step().is_empty
+    assert machine.scheduler.num_running == 0
+
+
+def test_what_nobody_waits_for_leaves_before_the_next_step() -> None:
+    machine = Machine()
+    (kept,), (writing,), (reading,) = machine.add(ids(5)), machine.add(ids(6)), machine.add(ids(600))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 2)
+    assert machine.scheduler.num_running == 3
+    machine.scheduler.close(writing.job)
+    machine.scheduler.close(reading.job)
+    step = machine.step()
+    assert (step.rows, step.chunks) == ([kept], [])
+    assert step.released == [reading.job, writing.job]
+    assert machine.scheduler.num_running == 1
+
+
+def test_what_is_closed_while_it_waits_gives_its_places_back_at_once() -> None:
+    machine = Machine(max_waiting=2)
+    (first, _) = machine.add(ids(5), ids(6))
+    machine.scheduler.close(first.job)
+    machine.scheduler.close(first.job)  # twice changes nothing
+    assert machine.scheduler.num_waiting == 0
+    assert machine.step().is_empty
+
+
+def test_what_was_closed_before_it_came_is_never_queued() -> None:
+    machine = Machine()
+    job = Job(1, Progress())
+    machine.scheduler.admit(job)
+    machine.scheduler.close(job)
+    machine.scheduler.add([Sequence(job, 0, Prompt(0, ids(5)), NOBODY)])
+    assert machine.step().is_empty
+    assert machine.scheduler.num_waiting == 0
+
+
+def test_a_full_queue_refuses_and_says_the_numbers() -> None:
+    machine = Machine(max_rows=1, max_waiting=3)
+    machine.add(ids(5), ids(6))
+    with pytest.raises(Overloaded, match="2 outputs wait, 2 more do not fit under the limit of 3"):
+        machine.add(ids(5), n=2)
+    machine.step()  # one got the slot
+    machine.add(ids(5), n=2)
+    assert machine.scheduler.num_waiting == 3
+
+
+def test_only_as_many_hold_a_slot_as_there_are_rows() -> None:
+    machine = Machine(max_rows=2)
+    sequences = machine.add(*(ids(5 + at) for at in range(5)))
+    for _ in range(4):
+        machine.step()
+    assert machine.scheduler.num_running == 2
+    machine.finish(sequences[0])
+    machine.step()
+    assert rows(machine.step()) == [1, 2]
+
+
+@pytest.mark.parametrize("others", [0, 1, 3])
+def test_a_prompt_is_always_cut_at_the_same_places(others: int) -> None:
+    machine = Machine()
+    machine.add(*(ids(30 + at, 1000 * at) for at in range(others)))
+    (long,) = machine.add(ids(200, 7))
+    machine.run_until(lambda: long in machine.written)
+    spans = machine.spans[long]
+    assert covered(spans) == (0, 200)
+    assert {64, 128, 192, 200} <= {end for _, end in spans}
+    assert all(end - start > 1 for start, end in spans)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 8, 19, 63, 64, 500])
+@pytest.mark.parametrize("start", [0, 64, 1900])
+@pytest.mark.parametrize("length", [1, 2, 3, 20, 63, 64])
+def test_a_piece_never_leaves_a_single_token(length: int, start: int, budget: int) -> None:
+    end, cost = piece(start, start + length, budget)
+    assert start < end <= start + length
+    assert start + length - end != 1
+    assert end - start > 1 or length == 1
+    assert cost <= max(24, budget + 16) * (1 + start / 2048)
+    assert end == start + length or (end - start) % 16 == 0
+
+
+def test_a_token_far_from_the_start_costs_more() -> None:
+    assert piece(0, 64, 32) == (32, 32)
+    assert piece(2048, 2112, 32) == (2064, 32)
+
+
+def test_a_step_reads_no_more_than_its_budget_and_always_writes() -> None:
+    machine = Machine(max_rows=8)
+    machine.add(ids(5))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 1)
+    machine.add(*(ids(40 + 10 * at, 1000 * at) for at in range(6)))
+    for _ in range(12):
+        step = machine.step()
+        assert sum(end - start for _, start, end in planned(step)) <= budget_beside(len(step.rows)) + 9
+        assert 0 in rows(step)
+
+
+def test_more_is_read_where_nothing_is_written() -> None:
+    machine = Machine()
+    machine.add(ids(2000))
+    assert IDLE_BUDGET * 0.9 < sum(end - start for _, start, end in planned(machine.step())) <= IDLE_BUDGET
+
+
+def test_several_short_prompts_share_a_step() -> None:
+    machine = Machine(max_rows=8)
+    machine.add(ids(5))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 1)
+    machine.add(*(ids(5, 1000 * at) for at in range(1, 5)))
+    assert [start for start, *_ in planned(machine.step())] == [1, 2, 3]
+
+
+def test_short_prompts_do_not_wait_for_a_long_one() -> None:
+    machine = Machine()
+    machine.add(ids(5))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 1)
+    machine.add(ids(1500))
+    machine.step()
+    (short,) = machine.add(ids(20, 5000))
+    assert machine.run_until(lambda: short in machine.written) <= 2
+
+
+def test_a_long_prompt_is_read_under_a_stream_of_short_ones() -> None:
+    machine = Machine()
+    machine.add(ids(5))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 1)
+    (long,) = machine.add(ids(320, 100_000))
+    for count in range(48):
+        machine.finish(*machine.add(ids(60, 1000 * count)))
+        newest = machine.add(ids(60, 1000 * count))
+        machine.step()
+        machine.finish(*[one for one in newest if one in machine.written])
+        for row in machine.scheduler._rows[1:]:
+            if row is not long:
+                machine.finish(row)
+        if long in machine.written:
+            break
+    assert long in machine.written
+    assert count <= 2 * 320 / budget_beside(1) + 2
+
+
+def test_the_first_of_a_request_comes_before_the_rest_of_a_long_one() -> None:
+    machine = Machine(max_rows=1)
+    many = machine.add(*(ids(10, 1000 * at) for at in range(20)))
+    machine.step()
+    (single,) = machine.add(ids(10, 50_000))
+    machine.finish(many[0])
+    machine.step()
+    machine.finish(many[1])
+    machine.step()
+    assert single in machine.written
+    assert many[2] not in machine.written
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    machine = Machine()
+    (first,) = machine.add(ids(150))
+    machine.run_until(lambda: first in machine.written)
+    (second,) = machine.add([*ids(130), *ids(70, 5000)])
+    machine.run_until(lambda: second in machine.written)
+    assert covered(machine.spans[second]) == (128, 200)
+    assert second.num_cached == 128
+
+
+@pytest.mark.parametrize(("length", "cached"), [(63, 0), (64, 0), (65, 64), (128, 64), (129, 128)])
+def test_the_last_token_of_a_prompt_is_always_computed(length: int, cached: int) -> None:
+    machine = Machine()
+    for _ in range(2):
+        (sequence,) = machine.add(ids(length))
+        machine.run_until(lambda: sequence in machine.written)  # noqa: B023
+    assert sequence.num_cached == cached
+
+
+def test_what_was_reused_lately_stays() -> None:
+    machine = Machine(num_blocks=2)
+    for first in (1, 1000, 1, 2000, 1):  # the fourth takes the place of the second
+        (sequence,) = machine.add(ids(70, first))
+        machine.run_until(lambda: sequence in machine.written)  # noqa: B023
+        machine.finish(sequence)
+    assert sequence.num_cached == CHUNK
+
+
+def test_prompts_that_come_together_wait_for_the_beginning_that_one_of_them_computes() -> None:
+    machine = Machine(max_rows=8)
+    sequences = [machine.add([*ids(256), *ids(20, 1000 * at)])[0] for at in range(1, 5)]
+    machine.run_until(lambda: all(one in machine.written for one in sequences))
+    assert sum(end - start for spans in machine.spans.values() for start, end in spans) == 256 + 4 * 20
+
+
+def test_outputs_of_one_prompt_read_it_once() -> None:
+    machine = Machine(max_rows=4)
+    machine.add(ids(100), n=4)
+    machine.run_until(lambda: len(machine.written) == 4)
+    assert list(machine.spans.values()) == [[(0, 64), (64, 100)]]
+    assert len(rows(machine.step())) == 4
+
+
+def test_outputs_of_one_prompt_take_no_slot_whose_turn_is_another_s() -> None:
+    machine = Machine(max_rows=3)
+    machine.add(ids(10), n=4)
+    machine.add(ids(400, 5000))
+    step = machine.step()
+    started = [one.rank[1] for one in step.started]
+    assert sorted(started) == [0, 1, 4]
+
+
+def test_a_prompt_whose_every_logit_is_wanted_is_computed_whole_but_kept_for_others() -> None:
+    machine = Machine()
+    (first,) = machine.add(ids(100))
+    machine.run_until(lambda: first in machine.written)
+    (echoed,) = machine.add(ids(200), is_echoed=True)
+    machine.run_until(lambda: echoed in machine.written)
+    assert covered(machine.spans[echoed]) == (0, 200)
+    (third,) = machine.add(ids(200))
+    machine.run_until(lambda: third in machine.written)
+    assert third.num_cached == 192
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1, 3])
+def test_a_pool_too_small_for_a_prompt_changes_nothing_but_the_reuse(num_blocks: int) -> None:
+    machine = Machine(num_blocks=num_blocks)
+    for _ in range(2):
+        (sequence,) = machine.add(ids(400))
+        machine.run_until(lambda: sequence in machine.written)  # noqa: B023
+        machine.finish(sequence)
+    assert sequence.num_cached == num_blocks * CHUNK
+    assert machine.scheduler._cache.num_used == num_blocks
+
+
+def test_everything_is_given_back_whatever_the_end() -> None:
+    machine = Machine(max_rows=3, num_blocks=8)
+    done, cancelled, failed = machine.add(ids(100)), machine.add(ids(300, 1000)), machine.add(ids(300, 2000), n=3)
+    machine.step()
+    machine.scheduler.close(cancelled[0].job)
+    machine.finish(failed[0])
+    machine.scheduler.close(failed[0].job)
+    machine.run_until(lambda: done[0] in machine.written)
+    machine.finish(*done)
+    machine.step()
+    scheduler = machine.scheduler
+    assert (scheduler.num_waiting, scheduler.num_running, scheduler._waiting) == (0, 0, [])
+    assert all(block.num_users == 0 for block in scheduler._cache._by_age)
+    assert scheduler._cache.root.num_users == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_course_of_events_keeps_every_row_its_own_and_ends(seed: int) -> None:
+    """Prompts with shared beginnings come, end, fail and go at random; the machine checks each slot at each step."""
+    draw = random.Random(seed)
+    machine = Machine(max_rows=draw.choice([1, 2, 3, 6]), num_blocks=draw.choice([0, 2, 9]))
+    everything: list[Sequence] = []
+    for _ in range(150):
+        if draw.random() < 0.3:
+            shared = [*ids(64 * draw.randrange(4), draw.choice([1, 1000]))]
+            prompts = [
+                [*shared, *ids(draw.randrange(1, 150), draw.randrange(9999))] for _ in range(draw.choice([1, 2]))
+            ]
+            everything += machine.add(*prompts, n=draw.choice([1, 1, 3]))
+        for row in machine.step().rows:
+            if draw.random() < 0.2:
+                machine.finish(row)
+        if everything and draw.random() < 0.1:
+            machine.scheduler.close(draw.choice(everything).job)
+    alive = [one for one in everything if not one.has_left]
+    machine.run_until(lambda: all([_ended(machine, one) for one in alive]))  # noqa: C419 (each must be asked)
+    machine.step()
+    assert (machine.scheduler.num_running, machine.scheduler.num_waiting) == (0, 0)
+    assert all(block.num_users == 0 for block in machine.scheduler._cache._by_age)
+    for spans in machine.spans.values():
+        assert all(start // CHUNK == (end - 1) // CHUNK for start, end in spans)
+        assert all(end - start > 1 or start % CHUNK == 0 for start, end in spans)
+
+
+def _ended(machine: Machine, sequence: Sequence) -> bool:
+    """True once it was written at all, and then it ends."""
+    if sequence in machine.written:
+        machine.finish(sequence)
+    return sequence.has_left

@@ -1,0 +1,405 @@
+"""Generations from request to events, on a tiny seeded model: the same bits in any company, and every way to end."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import until
+from generations import Collected, WatchedEngine, call, collect, make_generator, serving
+
+from service.domain import Finish, GenerateRequest, Message, Start, Token
+from service.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    TooLarge,
+    Unavailable,
+    Unsupported,
+)
+from service.metrics import Metrics
+from service.worker.generation.generator import LONG_TEXT, Generator
+from service.worker.local import LocalBackend
+
+tiny = pytest.importorskip("tiny", reason="exporting needs torch", exc_type=ImportError)
+
+PROMPT = "hello, the world in the rain"
+LONG = "the hour in the hall, all the while the well will hold, and all in the hold will hear the call " * 2
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("chat")
+    return {name: tiny.tiny_generation_bundle(folder / name, precision=name) for name in ("float32", "int8")}
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics((0.001, 1.0), {})
+
+
+class Running:
+    """A backend of one generator, with its engine in reach."""
+
+    def __init__(self, generator: Generator, engine: WatchedEngine, backend: LocalBackend) -> None:
+        self.generator, self.engine, self.backend = generator, engine, backend
+
+    async def collect(self, **fields: Any) -> Collected:
+        return await collect(self.backend, **{"prompt": PROMPT, "max_tokens": 12, "ignore_eos": True} | fields)
+
+    @property
+    def num_busy(self) -> int:
+        return self.generator._loop.num_running
+
+
+Start_ = Callable[..., Awaitable[Running]]
+
+
+@pytest.fixture
+async def run(bundles: dict[str, Path], metrics: Metrics) -> AsyncIterator[Start_]:
+    """Starts a backend; all of them end with the test."""
+    started: list[Running] = []
+
+    async def start(precision: str = "int8", *, drain_timeout_s: float = 5.0, **sizes: int) -> Running:
+        generator, engine = make_generator(bundles[precision], metrics, **sizes)
+        backend = await serving(generator, drain_timeout_s=drain_timeout_s)
+        started.append(Running(generator, engine, backend))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.engine.gate.set()
+        await one.backend.aclose()
+
+
+@pytest.fixture
+async def running(run: Start_) -> Running:
+    return await run()
+
+
+def facts(collected: Collected, index: int = 0) -> list[tuple[int, Any]]:
+    """Tokens with their log-probabilities and those of the alternatives, to the bit."""
+    return [(token.id, token.logprob) for token in collected.tokens(index)]
+
+
+# --- what it says
+
+
+async def test_events_come_in_order_and_add_up(running: Running) -> None:
+    found = await running.collect()
+    assert [type(event).__name__ for event in found.events] == ["Start", *["Token"] * 12, "Finish", "End"]
+    assert found.start == Start("tiny-chat", found.end.usage.prompt_tokens)
+    assert (found.end.usage.completion_tokens, found.finish().finish_reason) == (12, "length")
+    timing = found.end.timing
+    stages = timing.queue_seconds + timing.tokenize_seconds + timing.prefill_seconds + timing.decode_seconds
+    assert 0 < timing.first_token_seconds < timing.total_seconds
+    assert 0 < stages <= timing.total_seconds
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, LONG])
+async def test_greedy_is_the_reference_on_the_same_weights(run: Start_, prompt: str) -> None:
+    import torch
+
+    from model.transformer import generate
+
+    running = await run("float32")
+    ids = tiny.chat_tokenizer().encode(prompt).ids
+    reference = generate(tiny.seeded_chat_model(), torch.tensor([ids]), max_new=20)[0, len(ids) :].tolist()
+    assert (await running.collect(prompt=prompt, max_tokens=20)).ids() == reference
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "seeded"])
+async def test_a_request_gets_the_same_bits_alone_and_among_neighbours(run: Start_, sampling: dict[str, Any]) -> None:
+    """Neighbours of all lengths join and leave while it runs; it shares its beginning with some."""
+    running = await run(max_rows=16)
+    options = {"logprobs": 3, "prompt": LONG[:150], "max_tokens": 40} | sampling
+    alone = await running.collect(**options)
+
+    async def neighbour(number: int) -> Collected:
+        await asyncio.sleep(0.002 * (number % 5))
+        prompt = LONG[: 7 + 9 * number] if number % 2 else str(number) * (3 * number)
+        return await running.collect(prompt=prompt, max_tokens=3 + 5 * (number % 7), temperature=0.7)
+
+    first = [asyncio.ensure_future(neighbour(number)) for number in range(1, 16)]
+    among, *_ = await asyncio.gather(running.collect(**options), *first)
+    assert max(running.engine.rows) > 8
+    assert facts(among) == facts(alone)
+    assert among.text() == alone.text()
+
+
+async def test_a_prefix_from_the_cache_gives_the_same_bits(run: Start_) -> None:
+    without, with_cache = await run(num_blocks=0), await run(num_blocks=16)
+    options = {"prompt": LONG, "logprobs": 2}
+    expected = await without.collect(**options)
+    fresh, again = await with_cache.collect(**options), await with_cache.collect(**options)
+    assert facts(expected) == facts(fresh) == facts(again)
+    num_prompt = expected.end.usage.prompt_tokens
+    assert num_prompt > 64
+    assert [one.end.usage.cached_tokens for one in (expected, fresh, again)] == [0, 0, (num_prompt - 1) // 64 * 64]
+    longer = await with_cache.collect(prompt=LONG[:150] + "or in the cold")
+    assert longer.end.usage.cached_tokens == 64
+    assert facts(longer) == facts(await without.collect(prompt=LONG[:150] + "or in the cold"))
+
+
+async def test_outputs_of_one_prompt_are_the_outputs_that_single_requests_get(running: Running) -> None:
+    options = {"temperature": 1.5, "logprobs": 1}
+    several = await running.collect(prompt=[PROMPT, LONG], n=2, seed=7, **options)
+    for index, (prompt, seed) in enumerate([(PROMPT, 7), (PROMPT, 8), (LONG, 7), (LONG, 8)]):
+        assert facts(several, index) == facts(await running.collect(prompt=prompt, seed=seed, **options))
+    assert several.text(0) != several.text(1)
+    usage = several.end.usage
+    assert usage.completion_tokens == 4 * 12
+    assert usage.prompt_tokens == sum(len(tiny.chat_tokenizer().encode(text).ids) for text in (PROMPT, LONG))
+
+
+async def test_without_a_seed_every_request_is_another(running: Running) -> None:
+    texts = {(await running.collect(temperature=2.0)).text() for _ in range(4)}
+    assert len(texts) > 1
+
+
+async def test_no_temperature_is_the_manifest_s(running: Running) -> None:
+    assert (await running.collect()).ids() == (await running.collect(temperature=0)).ids()  # the manifest says 0
+
+
+async def test_a_stop_string_ends_it_and_is_not_shown(running: Running) -> None:
+    whole = (await running.collect()).text()
+    stop = whole[5:8]
+    found = await running.collect(stop=["never", stop])
+    assert found.text() == whole[: whole.index(stop)]
+    assert (found.finish().finish_reason, found.finish().stop) == ("stop", stop)
+    assert running.num_busy <= 1
+
+
+async def test_a_stop_id_and_an_end_id_end_it(running: Running) -> None:
+    ids = (await running.collect()).ids()
+    found = await running.collect(stop_token_ids=[ids[4]])
+    at = ids.index(ids[4])
+    assert (found.ids(), found.finish().stop, found.finish().finish_reason) == (ids[:at], ids[4], "stop")
+    biased = await running.collect(logit_bias={tiny.END_IDS[0]: 100}, ignore_eos=False)
+    assert (biased.ids(), biased.finish().finish_reason, biased.finish().stop) == ([], "stop", None)
+    assert biased.end.usage.completion_tokens == 1
+
+
+async def test_an_end_can_be_ignored_or_put_off(running: Running) -> None:
+    bias = {"logit_bias": {tiny.END_IDS[0]: 100}, "max_tokens": 5}
+    assert (await running.collect(**bias)).ids() == [tiny.END_IDS[0]] * 5
+    assert len((await running.collect(**bias, ignore_eos=False, min_tokens=3)).ids()) == 3
+
+
+async def test_without_max_tokens_it_writes_until_the_model_s_limit(running: Running) -> None:
+    for wanted in (None, 1000):
+        found = await running.collect(max_tokens=wanted)
+        usage = found.end.usage
+        assert usage.prompt_tokens + usage.completion_tokens == tiny.CHAT_CONFIG.max_length
+        assert found.finish().finish_reason == "length"
+
+
+async def test_an_echo_gives_the_prompt_s_log_probabilities_cached_or_not(running: Running) -> None:
+    await running.collect(prompt=LONG)
+    found = await running.collect(prompt=[LONG, PROMPT], echo=True, logprobs=2, n=2)
+    assert [prompt.prompt for prompt in sorted(found.prompts, key=lambda one: one.prompt)] == [0, 1]
+    tokens = next(one.tokens for one in found.prompts if one.prompt == 0)
+    ids = tiny.chat_tokenizer().encode(LONG).ids
+    assert [token.id for token in tokens] == ids
+    assert b"".join(token.bytes for token in tokens).decode() == LONG
+    assert (tokens[0].logprob, len(tokens[1].top)) == (0.0, 2)
+    # The log-probability of a prompt's token is the one it has when it is written.
+    at = 70
+    forced = await running.collect(prompt=ids[:at], max_tokens=1, logprobs=0, logit_bias={ids[at]: 100})
+    assert forced.tokens()[0].logprob is not None
+    assert forced.tokens()[0].logprob.logprob == pytest.approx(tokens[at].logprob, abs=1e-5)
+
+
+async def test_a_chat_is_the_prompt_that_its_template_makes(running: Running) -> None:
+    chat = await running.collect(prompt=None, messages=[Message("user", "hello")])
+    text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.ids() == (await running.collect(prompt=text)).ids()
+
+
+async def test_a_very_long_prompt_is_tokenized_beside_the_event_loop_and_refused(running: Running) -> None:
+    with pytest.raises(
+        TooLarge, match=r"prompt\.1 has \d+ tokens; with at least one to write, the limit is 256"
+    ) as caught:
+        await running.collect(prompt=["a", "b" * LONG_TEXT])
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt.1")
+    assert running.generator._loop.num_waiting == 0
+
+
+# --- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"num_beams": 2}, Unsupported, "num_beams is 2, model 'tiny-chat' writes with 1"),
+        ({"prompt": [[268]]}, InvalidRequest, "prompt.0: token ids are below 268, got 268"),
+        ({"prompt": ""}, InvalidRequest, "prompt.0 has no tokens"),
+        ({"logit_bias": {400: 1.0}}, InvalidRequest, "logit_bias: token ids are below 268, got 400"),
+        (
+            {"min_tokens": 300, "max_tokens": None},
+            TooLarge,
+            "min_tokens is 300, the 20 tokens of prompt leave room for 236",
+        ),
+        ({"n": 65}, TooLarge, "65 outputs in one request, the limit is 64"),
+    ],
+)
+async def test_what_the_model_cannot_do_is_said(
+    running: Running, fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        await running.collect(**fields)
+    assert (running.generator._loop.num_waiting, running.generator._open) == (0, {})
+
+
+async def test_a_full_queue_refuses_before_tokenizing(run: Start_, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = await run(max_rows=1, max_waiting=2)
+    running.engine.gate.clear()
+    first = asyncio.ensure_future(running.collect())
+    await until(lambda: running.num_busy == 1)
+    second = asyncio.ensure_future(running.collect(n=2))
+    await until(lambda: running.generator._loop.num_waiting == 2)
+    monkeypatch.setattr(running.generator, "_read", None)  # would fail if it were called
+    with pytest.raises(Overloaded, match="2 outputs wait, 1 more do not fit under the limit of 2") as caught:
+        await running.collect()
+    assert caught.value.retry_after_s > 0
+    running.engine.gate.set()
+    await asyncio.gather(first, second)
+
+
+# --- how it ends
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float:
+    return metrics.registry.get_sample_value(name, {"model": "tiny-chat", **labels}) or 0.0
+
+
+async def test_a_generation_that_is_left_frees_its_slot_before_the_next_step(
+    running: Running, metrics: Metrics
+) -> None:
+    left = running.backend.generate(GenerateRequest(prompt=PROMPT, n=3, max_tokens=200, ignore_eos=True), call())
+    async with aclosing(left) as events:
+        async for event in events:
+            if isinstance(event, Token):
+                break
+        running.engine.gate.clear()
+        num_steps = len(running.engine.rows)
+    running.engine.gate.set()
+    await until(lambda: running.num_busy == 0)
+    assert len(running.engine.rows) <= num_steps + 2  # the one under way, and one that had been planned
+    await until(lambda: sample(metrics, "attnd_release_seconds_count") == 3)
+    await running.collect()
+
+
+async def test_a_task_that_is_cancelled_while_it_waits_gives_its_place_back(run: Start_) -> None:
+    running = await run(max_rows=1, max_waiting=1)
+    running.engine.gate.clear()
+    first = asyncio.ensure_future(running.collect())
+    await until(lambda: running.num_busy == 1)
+    second = asyncio.ensure_future(running.collect())
+    await until(lambda: running.generator._loop.num_waiting == 1)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    assert running.generator._loop.num_waiting == 0
+    running.engine.gate.set()
+    assert len((await first).ids()) == 12
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 0.02])
+async def test_a_deadline_ends_it_and_frees_its_slot(running: Running, seconds: float) -> None:
+    running.engine.gate.clear()
+    with pytest.raises(DeadlineExceeded, match="the deadline passed after"):
+        await collect(running.backend, call(seconds), prompt=PROMPT)
+    running.engine.gate.set()
+    await until(lambda: running.num_busy == 0)
+    await running.collect()
+
+
+async def test_one_failing_output_does_not_disturb_its_neighbours(running: Running) -> None:
+    """The engine fails on the whole step, whatever row is to blame; then each row is tried alone."""
+    expected = await running.collect(max_tokens=30, logprobs=1)
+    running.engine.gate.clear()
+    healthy = [asyncio.ensure_future(running.collect(max_tokens=30, logprobs=1)) for _ in range(2)]
+    ill = asyncio.ensure_future(running.collect(prompt=LONG, max_tokens=200, logit_bias={267: 100}))
+    running.engine.poison = 267  # read at the first step of decode
+    await asyncio.sleep(0)
+    running.engine.gate.set()
+    with pytest.raises(EngineFailed, match="the engine failed on output 0"):
+        await ill
+    assert [facts(one) for one in await asyncio.gather(*healthy)] == [facts(expected)] * 2
+    await until(lambda: running.num_busy == 0)
+
+
+async def test_a_prompt_that_fails_fails_alone(running: Running) -> None:
+    running.engine.poison = 267
+    with pytest.raises(EngineFailed):
+        await running.collect(prompt=[[5] * 70 + [267] * 10])
+    assert len((await running.collect()).ids()) == 12
+    assert running.num_busy <= 1
+
+
+async def test_a_dead_engine_thread_fails_what_is_open_and_turns_readiness_red(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(running.generator._loop, "_execute", broken)
+    with pytest.raises(EngineFailed, match="the engine of tiny-chat has failed"):
+        await running.collect()
+    with pytest.raises(Unavailable, match="the engine of tiny-chat has failed"):
+        await running.backend.models()
+    with pytest.raises(Unavailable):
+        await running.collect()
+
+
+async def test_draining_finishes_what_was_accepted(running: Running) -> None:
+    running.engine.gate.clear()
+    taken = asyncio.ensure_future(running.collect(n=3))
+    await until(lambda: running.num_busy > 0)
+    closing = asyncio.ensure_future(running.backend.aclose())
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="draining"):
+        await running.collect()
+    running.engine.gate.set()
+    assert [len((await taken).ids(index)) for index in range(3)] == [12] * 3
+    await closing
+
+
+async def test_draining_has_an_end(run: Start_) -> None:
+    running = await run(drain_timeout_s=0.02)
+    running.engine.gate.clear()
+    stuck = asyncio.ensure_future(running.collect())
+    await until(lambda: running.num_busy > 0)
+    threading.Timer(0.2, running.engine.gate.set).start()
+    closing = asyncio.ensure_future(running.backend.aclose())
+    with pytest.raises(Unavailable, match="stopping"):
+        await stuck
+    await closing
+
+
+async def test_a_reader_that_stops_after_the_last_finish_leaves_nothing(running: Running) -> None:
+    async with aclosing(running.backend.generate(GenerateRequest(prompt=PROMPT, max_tokens=3), call())) as events:
+        async for event in events:
+            if isinstance(event, Finish):
+                break
+    await until(lambda: running.num_busy == 0)
+    assert running.generator._open == {}
+
+
+async def test_steps_prefixes_and_memory_are_measured(running: Running, metrics: Metrics) -> None:
+    num_prompt = (await running.collect(prompt=LONG)).end.usage.prompt_tokens
+    await running.collect(prompt=LONG)
+    await until(lambda: running.num_busy == 0)
+    assert sample(metrics, "attnd_step_tokens_total", phase="decode") == 2 * 11
+    cached = (num_prompt - 1) // 64 * 64
+    assert sample(metrics, "attnd_step_tokens_total", phase="prefill") == 2 * num_prompt - cached
+    assert sample(metrics, "attnd_prefix_cache_queried_tokens_total") == 2 * num_prompt
+    assert sample(metrics, "attnd_prefix_cache_hit_tokens_total") == cached
+    assert sample(metrics, "attnd_kv_cache_used_tokens") == num_prompt // 64 * 64
+    assert sample(metrics, "attnd_kv_cache_capacity_tokens") == 5 * 256 + 16 * 64
+    assert (sample(metrics, "attnd_running_sequences"), sample(metrics, "attnd_queue_inputs")) == (0, 0)

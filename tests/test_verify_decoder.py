@@ -1,0 +1,112 @@
+"""model.verify_decoder passes a faithful bundle, and each kind of damage fails the check that is there for it."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from model.export_decoder import GRAPH_FILE, WEIGHTS_FILE
+from model.smoothing import calibrate
+from model.verify import Report
+from model.verify_decoder import losses, verify_decoder
+from tests.tiny import CHAT_CONFIG, change_graph, change_manifest, seeded_chat_model, sign, tiny_generation_bundle
+
+DRAW = np.random.default_rng(4)
+PROMPTS = [DRAW.integers(3, CHAT_CONFIG.vocab_size, size).tolist() for size in (5, 12, 40, 70)]
+TEXT = DRAW.integers(3, CHAT_CONFIG.vocab_size, 120).tolist()
+
+
+def verified(directory: Path) -> Report:
+    return verify_decoder(directory, CHAT_CONFIG, seeded_chat_model(), PROMPTS, text=TEXT)
+
+
+def failed(report: Report) -> set[str]:
+    return {check.name for check in report.checks if not check.passed}
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_a_faithful_bundle_passes(tmp_path: Path, precision: str) -> None:
+    report = verified(tiny_generation_bundle(tmp_path / "bundle", precision=precision))
+    assert report.passed, report.text()
+    assert {check.name for check in report.checks} >= {"logits", "greedy tokens", "batched == alone", "perplexity"}
+    assert report.quality["perplexity"]["tokens"] == len(TEXT)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return tiny_generation_bundle(tmp_path / "bundle", precision="float32")
+
+
+def test_a_broken_weight_is_found(bundle: Path) -> None:
+    path = bundle / WEIGHTS_FILE
+    values = np.frombuffer(path.read_bytes(), np.float32).copy()
+    values[-CHAT_CONFIG.width * 40] += 3  # somewhere in the last block
+    path.write_bytes(values.tobytes())
+    assert "loads" in failed(verified(bundle))  # its checksum
+    sign(bundle, WEIGHTS_FILE)
+    assert failed(verified(bundle)) >= {"weights", "logits"}
+
+
+def test_a_renamed_output_is_found(bundle: Path) -> None:
+    def rename(graph: onnx.ModelProto) -> None:
+        graph.graph.output[0].name = graph.graph.node[-1].output[0] = "scores"
+
+    change_graph(bundle, rename, GRAPH_FILE)
+    assert failed(verified(bundle)) == {"loads"}  # the session compares it with the manifest
+
+
+def test_a_renamed_output_that_the_manifest_knows_is_found(bundle: Path) -> None:
+    def rename(graph: onnx.ModelProto) -> None:
+        graph.graph.output[0].name = graph.graph.node[-1].output[0] = "scores"
+
+    change_graph(bundle, rename, GRAPH_FILE)
+    change_manifest(bundle, lambda values: values["graphs"]["decode"]["outputs"][0].update(name="scores"))
+    assert not verified(bundle).passed
+
+
+def test_a_frozen_axis_is_found(bundle: Path) -> None:
+    def freeze(graph: onnx.ModelProto) -> None:
+        for tensor in (graph.graph.input[0], graph.graph.input[1], graph.graph.output[0]):
+            tensor.type.tensor_type.shape.dim[0].dim_value = 1
+
+    change_graph(bundle, freeze, GRAPH_FILE)
+
+    def agree(values: dict) -> None:
+        decode = values["graphs"]["decode"]
+        for tensor in (*decode["inputs"][:2], decode["outputs"][0]):
+            tensor["axes"][0] = 1
+
+    change_manifest(bundle, agree)
+    assert failed(verified(bundle)) >= {"interface", "batched == alone"}
+
+
+def test_another_size_in_the_manifest_is_found(bundle: Path) -> None:
+    change_manifest(bundle, lambda values: values["architecture"].update(rope_theta=5.0))
+    assert failed(verified(bundle)) == {"facts"}
+
+
+def test_without_a_text_perplexity_is_skipped_and_said(bundle: Path) -> None:
+    report = verify_decoder(bundle, CHAT_CONFIG, seeded_chat_model(), PROMPTS)
+    assert report.passed
+    assert report.checks[-1].found == "skipped: no text was given"
+
+
+def test_losses_are_those_of_the_softmax() -> None:
+    logits = DRAW.normal(size=(5, 7)).astype(np.float32)
+    ids = np.array([0, 3, 6, 1, 1])
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(losses(logits, ids), [-np.log(p[at, ids[at + 1]]) for at in range(4)], rtol=1e-5)
+
+
+def test_smoothing_takes_from_loud_channels() -> None:
+    """A channel that a norm makes loud gets the greatest scale; all are positive, and their geometric mean is 1."""
+    model = seeded_chat_model()
+    model.decoder.stack.blocks[0].attention_norm.weight.data[5] = 40
+    first, second = calibrate(model, PROMPTS)
+    assert first.qkv.argmax() == 5
+    for scales in (*first, *second):
+        assert (scales > 0).all()
+        assert abs(np.log(scales).mean()) < 1e-3
+    with pytest.raises(ValueError, match="needs sample texts"):
+        calibrate(model, [])
