@@ -249,14 +249,14 @@ def test_a_step_reads_no_more_than_its_budget_and_always_writes() -> None:
 def test_more_is_read_where_nothing_is_written() -> None:
     machine = Machine()
     machine.add(ids(2000))
-    assert IDLE_BUDGET * 0.9 < sum(end - start for _, start, end in planned(machine.step())) <= IDLE_BUDGET
+    assert IDLE_BUDGET * 0.7 < sum(end - start for _, start, end in planned(machine.step())) <= IDLE_BUDGET
 
 
 def test_several_short_prompts_share_a_step() -> None:
     machine = Machine(max_rows=8)
     machine.add(ids(5))
     machine.run_until(lambda: len(machine.scheduler._rows) == 1)
-    machine.add(*(ids(5, 1000 * at) for at in range(1, 5)))
+    machine.add(*(ids(4, 1000 * at) for at in range(1, 5)))
     assert [start for start, *_ in planned(machine.step())] == [1, 2, 3]
 
 

@@ -24,7 +24,7 @@ from service.domain import (
 from service.errors import AttndError, DeadlineExceeded, EngineFailed, Overloaded, TooLarge, Unavailable
 from service.metrics import Metrics
 from service.worker.bundle import Bundle
-from service.worker.generation.loop import Done, Engine, GenerationLoop
+from service.worker.generation.loop import Done, Engine, Events, GenerationLoop
 from service.worker.generation.output import Output
 from service.worker.generation.prefix_cache import CHUNK
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
@@ -76,6 +76,7 @@ class Generator:
         self._loop = GenerationLoop(
             engine,
             Scheduler(max_rows=max_rows, max_waiting=max_waiting, num_blocks=num_blocks),
+            tell=self._tell_from_thread,
             publish=self._publish_from_thread,
             died=self._died_in_thread,
             name=manifest.id,
@@ -204,6 +205,9 @@ class Generator:
 
     # --- engine thread
 
+    def _tell_from_thread(self, events: Events) -> None:
+        self._asyncio.call_soon_threadsafe(self._tell, events)
+
     def _publish_from_thread(self, done: Done) -> None:
         self._asyncio.call_soon_threadsafe(self._publish, done)
 
@@ -212,12 +216,15 @@ class Generator:
 
     # --- asyncio thread again
 
-    def _publish(self, done: Done) -> None:
-        for job, event in done.events:
+    def _tell(self, events: Events) -> None:
+        for job, event in events:
             if (reader := self._open.get(job)) is not None:
                 reader.events.put_nowait(event)
             if isinstance(event, Finish):
                 self._learn(job)
+
+    def _publish(self, done: Done) -> None:
+        self._tell(done.events)
         for sequence in done.failed:
             self._fail(sequence.job, EngineFailed(f"the engine failed on output {sequence.index}"))
         self._count(done)

@@ -1,7 +1,8 @@
 """The engine thread of one generation model: takes steps from the scheduler and executes them.
 
-The asyncio thread adds work and gets a step's events back through `publish`, all at once; the lock around the scheduler
-is all they share. The thread never waits for the event loop: after a step it takes the next one at once.
+The asyncio thread adds work and gets a step's events back: those of prompts through `tell` as soon as they are read,
+for a first token need not wait until the rows are done, all others through `publish`. The lock around the scheduler is
+all they share. The thread never waits for the event loop: after a step it takes the next one at once.
 """
 
 import logging
@@ -24,6 +25,7 @@ from service.worker.generation.step import Chunk, Step
 _log = logging.getLogger("attnd.engine")
 
 Logits = NDArray[np.float32]
+Events = list[tuple[Job, Event]]
 
 
 class Engine(Protocol):
@@ -42,30 +44,36 @@ class Engine(Protocol):
 
 @dataclass(slots=True)
 class Done:
-    """What a step gave: `events` in order, and the outputs that `failed`. `begun` is a `time.monotonic()` instant."""
+    """What a step gave: the `events` not told before, in order, and the outputs that `failed`.
+
+    `begun` is a `time.monotonic()` instant.
+    """
 
     step: Step
     begun: float
-    events: list[tuple[Job, Event]] = field(default_factory=list)
+    events: Events = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
 
 class GenerationLoop:
-    """`publish` is called in the engine thread after every step, `died` once if it ends other than by `stop`."""
+    """`tell` and `publish` are called in the engine thread, `publish` after every step; `died` once, if it ends other
+    than by `stop`."""
 
     def __init__(
         self,
         engine: Engine,
         scheduler: Scheduler,
         *,
+        tell: Callable[[Events], None],
         publish: Callable[[Done], None],
         died: Callable[[BaseException], None],
         name: str,
     ) -> None:
         self._engine = engine
         self._scheduler = scheduler
+        self._tell = tell
         self._publish = publish
         self._died = died
         self._is_stopped = False
@@ -143,6 +151,9 @@ class GenerationLoop:
             self._engine.restore(restore.block, restore.slot, restore.start)
         for chunk in step.chunks:
             self._prefill(chunk, done)
+        if done.events and step.rows:
+            self._tell(done.events)
+            done.events = []
         prefilled = time.monotonic()
         if step.rows:
             self._decode(step, done)

@@ -20,8 +20,8 @@ from service.worker.generation.prefix_cache import CHUNK, Block, PrefixCache
 from service.worker.generation.sequence import Job, Sequence
 from service.worker.generation.step import Chunk, Move, Restore, Step
 
-# What a step may spend on prompts, in units of a token at a prompt's start. Beside rows it is about twice what the rows
-# cost, so that no gap between two tokens is over three times the usual one; else it is how long a newcomer may wait.
+# What a step may spend on prompts, in units of a token at a prompt's start. Beside rows it is about twice what they
+# cost, so that few gaps between two tokens are over three times the usual one; else how long a newcomer may wait.
 IDLE_BUDGET = 4 * CHUNK
 GRAIN = 16  # tokens; pieces of prompts are multiples of this
 LEAST = 8  # what is left of a budget when it is not worth a run of the graph
@@ -29,7 +29,7 @@ FAR = 2048  # tokens of context at which a token costs twice as much as at the s
 
 
 def budget_beside(num_rows: int) -> int:
-    return 16 + 3 * num_rows if num_rows else IDLE_BUDGET
+    return max(GRAIN, 5 * num_rows) if num_rows else IDLE_BUDGET
 
 
 def piece(start: int, end: int, budget: int) -> tuple[int, int]:
@@ -175,7 +175,8 @@ class Scheduler:
     def _plan_chunks(self, step: Step, budget: int) -> None:
         """Pieces of prompts that together cost at most about `budget`."""
         passed_over: set[Sequence] = set()
-        while budget >= LEAST and (sequence := self._pick(passed_over)) is not None:
+        least = LEAST if self._rows else CHUNK
+        while budget >= least and (sequence := self._pick(passed_over)) is not None:
             if sequence.slot < 0 and self._is_coming(sequence):
                 passed_over.add(sequence)
                 continue
