@@ -46,7 +46,8 @@ function tell(words) {
 function build(models, can) {
   const absent = [];
   for (const [id, {name, tasks, make, needs}] of Object.entries(PANELS)) {
-    const able = models.filter(model => tasks.includes(model.task));
+    const able = models.filter(model => tasks.includes(model.task))
+      .toSorted((one, other) => tasks.indexOf(one.task) - tasks.indexOf(other.task));
     if (needs && !can[needs]) absent.push(`${name} (the server has no /v1/${needs})`);
     else if (!able.length) absent.push(`${name} (no model for ${tasks[0]})`);
     else if (!panels.has(id)) panels.set(id, make(document.getElementById(`panel-${id}`), able, can));
