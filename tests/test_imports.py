@@ -95,7 +95,7 @@ RULES = [
         "numpy",
     ),
     rule("service.worker.generation.loop", "service.domain service.worker.generation.*", "numpy"),
-    rule("service.worker.memory"),
+    rule("service.worker.machine"),
     rule("service.worker.generation.kv_memory", "service.worker.bundle service.errors", "numpy"),
     rule(
         "service.worker.generation.decoder",

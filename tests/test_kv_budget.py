@@ -6,7 +6,7 @@ import pytest
 
 from service.errors import ConfigError
 from service.worker.generation.kv_budget import DEFAULT_BYTES, KvPlan, divide, kv_budget
-from service.worker.memory import available_memory
+from service.worker.machine import available_memory
 
 SLOT = 1000 * 128  # bytes of a sequence of 128 tokens
 BLOCK = 1000 * 64

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 from service.errors import BundleError, ConfigError
 from service.worker import session as session_module
 from service.worker.bundle import GraphSpec, TensorSpec
-from service.worker.session import Session, available_provider, available_threads, runtime_facts
+from service.worker.machine import available_threads
+from service.worker.session import Session, available_provider, runtime_facts
 
 SPEC = GraphSpec(
     file="double.onnx",

@@ -15,9 +15,8 @@ from model.config import ModelConfig
 from model.importers.bert import ACTIVATIONS
 from model.importers.weights import load_strictly, read_safetensors, tie_head
 from model.transformer import LanguageModel
-from service.worker.weights.checkpoint import check_variant, rename
+from service.worker.weights.checkpoint import HEAD, TOKEN, check_variant, rename
 
-HEAD, TOKEN = "head.weight", "decoder.stack.embedding.token.weight"
 UNUSED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # the causal mask, kept as a buffer by older versions
 FUSED = re.compile(r"(.*\.attention\.)qkv(\..*)")
 NAMES = (

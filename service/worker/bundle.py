@@ -78,16 +78,21 @@ class Bundle:
 
 def load_bundle(directory: Path) -> Bundle:
     """Reads the manifest and every file once, to compare size and sha256. Raises BundleError."""
+    manifest = read_manifest(directory)
+    for name in sorted(manifest.files):
+        _check_file(directory, name, manifest.files[name])
+    _check_nothing_else(directory, manifest)
+    return Bundle(directory, manifest)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest alone; no file that it names is looked at. Raises BundleError."""
     path = directory / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
-    manifest = Manifest.from_json(text, str(path))
-    for name in sorted(manifest.files):
-        _check_file(directory, name, manifest.files[name])
-    _check_nothing_else(directory, manifest)
-    return Bundle(directory, manifest)
+    return Manifest.from_json(text, str(path))
 
 
 def file_spec(path: Path) -> FileSpec:

@@ -7,15 +7,14 @@ from pathlib import Path
 from service.config import Settings
 from service.errors import BundleError, ConfigError
 from service.metrics import Metrics
-from service.worker.bundle import Bundle, load_bundle
+from service.worker.bundle import Bundle
 from service.worker.classification.classifier import Classifier
 from service.worker.classification.engine import ClassificationEngine
 from service.worker.generation.decoder import DecoderEngine, kv_bytes_per_token
 from service.worker.generation.generator import Generator
 from service.worker.generation.kv_budget import divide, kv_budget
-from service.worker.memory import available_memory
-from service.worker.pull import default_cache, pull, ready_bundle
-from service.worker.session import available_threads
+from service.worker.machine import available_memory, available_threads
+from service.worker.pull import default_cache, open_bundle, pull, ready_bundle
 
 _log = logging.getLogger("attnd.load")
 
@@ -64,7 +63,7 @@ def load_bundles(settings: Settings) -> list[Bundle]:
     Raises BundleError for a broken one or two of one id, ConfigError as `find_bundles`.
     """
     cache = cache_of(settings)
-    bundles = [load_bundle(ready_bundle(path, cache)) for path in find_bundles(settings.models)]
+    bundles = [open_bundle(path, cache) for path in find_bundles(settings.models)]
     ids = [bundle.manifest.id for bundle in bundles]
     for bundle in bundles:
         if ids.count(bundle.manifest.id) > 1:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from service.errors import BundleError, ConfigError
-from service.worker.bundle import ID, MANIFEST, Manifest, file_spec, load_bundle
+from service.worker.bundle import ID, MANIFEST, Bundle, file_spec, load_bundle, read_manifest
 from service.worker.weights.bind import bind, bind_other
 from service.worker.weights.checkpoint import Checkpoint
 from service.worker.weights.fetch import (
@@ -52,24 +52,23 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnd"
 
 
-def ready_bundle(directory: Path, cache: Path) -> Path:
-    """A directory that `load_bundle` can read: `directory` itself, or, if it came without weights, the cached whole.
+def open_bundle(directory: Path, cache: Path) -> Bundle:
+    """The checked bundle of `directory`, or, if it came without weights, the cached whole.
 
     Blocks while weights are bound, some seconds, or even fetched. Raises BundleError and ConfigError in words that say
     what to do.
     """
-    path = directory / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
-    manifest = Manifest.from_json(text, str(path))
+    manifest = read_manifest(directory)
     if manifest.weights is None or all((directory / name).is_file() for name in manifest.files):
-        return directory
-    target = cache / f"{manifest.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return load_bundle(directory)
+    target = cache / f"{manifest.id}-{file_spec(directory / MANIFEST).sha256[:16]}"
     source = PackageFile.from_facts(manifest.weights)
-    _make(target, lambda: _bind_package(directory, source, target))
-    return target
+    return _make(target, lambda: _bind_package(directory, source, target))
+
+
+def ready_bundle(directory: Path, cache: Path) -> Path:
+    """Where the bundle is that `open_bundle` opens."""
+    return open_bundle(directory, cache).directory
 
 
 def pull(what: str, shipped: Path | None, cache: Path) -> Path:
@@ -89,25 +88,27 @@ def pull(what: str, shipped: Path | None, cache: Path) -> Path:
     raise ConfigError(f"no model {what!r}: neither shipped, nor a file, nor OWNER/NAME of the hub", param="model")
 
 
-def is_whole(target: Path) -> bool:
+def whole(target: Path) -> Bundle | None:
+    """The bundle in the cache, None where there is none or a damaged one."""
     try:
-        load_bundle(target)
+        return load_bundle(target)
     except BundleError as error:
         if target.exists():
             _log.warning("making it again: %s", error)
-        return False
-    return True
+        return None
 
 
-def _make(target: Path, work: Callable[[], None]) -> None:
-    """Does the work unless `target` is there and whole."""
-    if is_whole(target):  # also in a cache that is read-only
-        return
+def _make(target: Path, work: Callable[[], None]) -> Bundle:
+    """The bundle `target`, for which the work is done unless it is there and whole."""
+    if (bundle := whole(target)) is not None:  # also in a cache that is read-only
+        return bundle
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_name(target.name + ".lock")):
-            if not is_whole(target):
-                work()
+            if (bundle := whole(target)) is not None:
+                return bundle
+            work()
+            return load_bundle(target)
     except OSError as error:
         raise ConfigError(
             f"{target} cannot be written: {error}; ATTND_CACHE names another place", param="cache"

@@ -5,7 +5,6 @@ graph computes.
 """
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,49 +178,6 @@ def _tensor_differences(side: str, spec: TensorSpec, actual: Any) -> Iterator[st
         yield f"{side} {spec.name} is {dtype}, expected {spec.dtype}"
     if tuple(actual.shape) != spec.axes:
         yield f"{side} {spec.name} has axes {list(actual.shape)}, expected {list(spec.axes)}"
-
-
-def available_threads(root: Path = Path("/")) -> int:
-    """How many threads can run at once: the processors this process may use, cut to the container's CPU quota.
-
-    ONNX Runtime counts the host's processors instead and would start too many. `root` is where /proc and /sys are.
-    """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [quota for quota in _quotas(root) if quota is not None]
-    return max(1, min([affinity, *(int(quota) for quota in quotas)]))
-
-
-def _quotas(root: Path) -> Iterator[float | None]:
-    """CPU quotas, in processors, of this process's cgroup and of those above it; None where there is no limit."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            yield from (_quota_v2(group) for group in _upwards(root / "sys/fs/cgroup", path))
-        elif "cpu" in controllers.split(","):
-            yield from (_quota_v1(group) for group in _upwards(root / "sys/fs/cgroup/cpu", path))
-
-
-def _upwards(mount: Path, path: str) -> list[Path]:
-    """The directories of a cgroup and its parents. Inside a container only the mount itself may be visible."""
-    group = mount / path.lstrip("/")
-    return [group, *(parent for parent in group.parents if parent.is_relative_to(mount))]
-
-
-def _quota_v2(group: Path) -> float | None:
-    fields = _read(group / "cpu.max").split()  # "150000 100000" or "max 100000", microseconds
-    return int(fields[0]) / int(fields[1]) if len(fields) == 2 and fields[0] != "max" else None
-
-
-def _quota_v1(group: Path) -> float | None:
-    quota, period = _read(group / "cpu.cfs_quota_us").strip(), _read(group / "cpu.cfs_period_us").strip()
-    return int(quota) / int(period) if quota and period and int(quota) > 0 else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def runtime_facts() -> dict[str, str]:

@@ -14,7 +14,16 @@ import numpy as np
 from tqdm import tqdm
 
 from service.errors import BundleError
-from service.worker.bundle import MANIFEST, TOKENIZER, Generation, Limits, Manifest, file_spec, load_bundle
+from service.worker.bundle import (
+    MANIFEST,
+    TOKENIZER,
+    Generation,
+    Limits,
+    Manifest,
+    file_spec,
+    load_bundle,
+    read_manifest,
+)
 from service.worker.weights.checkpoint import Checkpoint
 from service.worker.weights.packing import PRECISIONS, Smoothing, decoder_pieces, read_smoothing, write_pieces
 
@@ -28,7 +37,7 @@ T = TypeVar("T")
 
 def bind(shipped: Path, checkpoint: Checkpoint, out: Path) -> None:
     """Writes the whole of a shipped bundle to `out`, from its pinned checkpoint. Raises BundleError; leaves nothing."""
-    manifest = _manifest(shipped)
+    manifest = read_manifest(shipped)
     check_architecture(manifest, checkpoint)
     with _beside(out) as new:
         for name in manifest.files.keys() - {WEIGHTS, TOKENIZER}:
@@ -40,7 +49,7 @@ def bind(shipped: Path, checkpoint: Checkpoint, out: Path) -> None:
 
 def bind_other(shipped: Path, checkpoint: Checkpoint, out: Path, *, id: str, source: Mapping[str, Any]) -> None:
     """The same graph with other weights of its shape, and a manifest that claims nothing about their quality."""
-    manifest = _manifest(shipped)
+    manifest = read_manifest(shipped)
     check_architecture(manifest, checkpoint)
     text = checkpoint.text
     with _beside(out) as new:
@@ -77,11 +86,6 @@ def check_architecture(manifest: Manifest, checkpoint: Checkpoint) -> None:
     wrong = [text for text in wrong if text.split(" ", 1)[0] not in FREE]
     if wrong:
         raise BundleError(f"the weights do not fit the graph of {manifest.id!r}: {'; '.join(wrong)}")
-
-
-def _manifest(shipped: Path) -> Manifest:
-    path = shipped / MANIFEST
-    return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
 def _write(shipped: Path, manifest: Manifest, checkpoint: Checkpoint, new: Path) -> None:
