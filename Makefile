@@ -17,7 +17,7 @@ SERVING := $(VENV)/.installed-serving
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check proto train-sentiment train-translation export-sentiment export-chat bench-classify bench-generate compose-test clean
+.PHONY: help serve test check proto train-sentiment train-translation export-sentiment export-chat export-translation bench-classify bench-generate bench-translate compose-test clean
 
 help:  ## list the verbs
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,11 +51,17 @@ export-sentiment: $(DEV)  ## turn a checkpoint into a bundle, and verify it
 export-chat: $(DEV)  ## SmolLM2 from its package into the shipped graph, and verify it (minutes)
 	$(BIN)/python -m model.recipes.chat --out model/zoo/chat $(ARGS)
 
+export-translation: $(DEV)  ## turn the translation checkpoint into a bundle, and verify it
+	$(BIN)/python -m model.export_translator runs/translation/everyday --out model/zoo/translation $(ARGS)
+
 bench-classify: $(DEV)  ## measure `sentiment` beside its peers; the last line is JSON
 	$(BIN)/python -m tests.bench.classify $(ARGS)
 
 bench-generate: $(DEV)  ## measure `chat` beside its peers; the last line is JSON
 	$(BIN)/python -m tests.bench.generate $(ARGS)
+
+bench-translate: $(DEV)  ## measure `translation` beside its peers; the last line is JSON
+	$(BIN)/python -m tests.bench.translate $(ARGS)
 
 compose-test: $(DEV)  ## build the images, bring them up, classify, scrape, tear down
 	COMPOSE="$(COMPOSE)" $(BIN)/python deploy/compose_test.py

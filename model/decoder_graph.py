@@ -10,118 +10,27 @@ present_value.i. Bind each present to the memory of its past: GroupQueryAttentio
 length decode together.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from model.config import ModelConfig
-from service.worker.weights.packing import BLOCK, Kind, Kinds, Place, shares_table
+from model.graph_parts import Graph, check_supported, embed, finished, matrix
+from service.worker.weights.packing import Kinds, Place, shares_table
 
-CONTRIB = "com.microsoft"
-OPSET = 21
-IR_VERSION = 10
-DTYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int8": TensorProto.INT8}
-
-
-def check_supported(config: ModelConfig) -> None:
-    """Raises ValueError for a decoder that this graph does not compute."""
-    needed = {
-        "kind": "decoder",
-        "norm": "rms",
-        "norm_order": "pre",
-        "positions": "rotary",
-        "activation": "swiglu",
-        "has_bias": False,
-        "has_embedding_norm": False,
-        "scale_embeddings": False,
-    }
-    found = {name: getattr(config, name) for name in needed}
-    wrong = [f"{name} is {found[name]!r}, not {value!r}" for name, value in needed.items() if found[name] != value]
-    if wrong:
-        raise ValueError(f"the decoder graph cannot compute this model: {'; '.join(wrong)}")
-
-
-@dataclass
-class Graph:
-    """Nodes and constants as they are added; every value is known by its name."""
-
-    places: Mapping[str, Place]
-    file: str  # that the places are in
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
-
-    def constant(self, name: str, value: Any) -> str:
-        """A small constant in the graph itself; the first of a name stays, so that shared ones may be named again."""
-        self.constants.setdefault(name, numpy_helper.from_array(np.asarray(value), name))
-        return name
-
-    def weight(self, name: str, *, stored: str | None = None, shape: tuple[int, ...] | None = None) -> str:
-        """A weight in the file, found there under the name `stored` and read in another `shape` if given."""
-        place = self.places[stored or name]
-        tensor = TensorProto(name=name, data_type=DTYPES[place.dtype], dims=shape or place.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self.file), ("offset", place.offset), ("length", place.length)):
-            tensor.external_data.add(key=key, value=str(value))
-        self.constants.setdefault(name, tensor)
-        return name
-
-    def node(self, operator: str, inputs: list[str], *outputs: str, contrib: bool = False, **attributes: Any) -> str:
-        """Adds a node and returns the name of its first output."""
-        domain = CONTRIB if contrib else ""
-        self.nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], domain=domain, **attributes))
-        return outputs[0]
-
-
-def blocks8(graph: Graph, name: str, x: str, *, stored: str) -> str:
-    """accuracy_level 4: the operator quantises x itself, each row's blocks of 32 for themselves, and sums integers."""
-    scales = graph.places[f"{stored}.scales"].shape  # (N, K / 32)
-    rows, blocks = scales
-    codes = graph.weight(f"{name}.codes", stored=f"{stored}.codes", shape=(rows, blocks, BLOCK))
-    inputs = [x, codes, graph.weight(f"{name}.scales", stored=f"{stored}.scales")]
-    sizes = {"N": rows, "K": blocks * BLOCK, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
-    return graph.node("MatMulNBits", inputs, name, contrib=True, **sizes)
-
-
-def quantise_rows(graph: Graph, name: str, x: str) -> tuple[str, str]:
-    """x -> uint8 codes around 128 in units of 1/127 of the row's greatest magnitude, and that magnitude (B, T, 1).
-
-    A row of zeros divides zero by zero; whatever codes come of it are finite and are multiplied by its magnitude, zero.
-    """
-    magnitude = graph.node("Abs", [x], f"{name}.abs")
-    greatest = graph.node("ReduceMax", [magnitude, graph.constant("last", np.array([-1]))], f"{name}.max", keepdims=1)
-    units = graph.node("Div", [x, greatest], f"{name}.units")
-    step, middle = graph.constant("step", np.float32(1 / 127)), graph.constant("middle", np.uint8(128))
-    return graph.node("QuantizeLinear", [units, step, middle], f"{name}.row_codes"), greatest
-
-
-def rows8(graph: Graph, name: str, x: str) -> str:
-    """Integers are summed exactly, so only row-wise float work is left and no row can touch another.
-
-    The session must turn on `session.x64quantprecision`: without it, int8 weights saturate on x86 without VNNI.
-    """
-    row_codes, greatest = quantise_rows(graph, name, x)
-    inputs = [row_codes, graph.weight(f"{name}.codes"), "step", graph.weight(f"{name}.scales"), "middle"]
-    product = graph.node("MatMulIntegerToFloat", inputs, f"{name}.product", contrib=True)
-    return graph.node("Mul", [product, greatest], name)
-
-
-def matrix(graph: Graph, name: str, x: str, kind: Kind, *, stored: str | None = None) -> str:
-    """x (B, T, K) -> (B, T, N)."""
-    if kind == "float32":
-        return graph.node("MatMul", [x, graph.weight(f"{name}.weight")], name)
-    return rows8(graph, name, x) if kind == "rows8" else blocks8(graph, name, x, stored=stored or name)
-
-
-def embed(graph: Graph, kind: Kind) -> str:
-    if kind == "float32":
-        return graph.node("Gather", [graph.weight("embedding.weight"), "ids"], "embedded")
-    inputs = [graph.weight("embedding.codes"), "ids", graph.weight("embedding.scales")]
-    layout = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-    return graph.node("GatherBlockQuantized", inputs, "embedded", contrib=True, **layout)
+SUPPORTED = {
+    "kind": "decoder",
+    "norm": "rms",
+    "norm_order": "pre",
+    "positions": "rotary",
+    "activation": "swiglu",
+    "has_bias": False,
+    "has_embedding_norm": False,
+    "scale_embeddings": False,
+}
+Attend = Callable[[Graph, int, str, ModelConfig], str]  # layer, projections (B, T, (H + 2G) * D) -> (B, T, W)
 
 
 def add_and_norm(graph: Graph, name: str, x: str, branch: str | None, eps: float) -> tuple[str, str]:
@@ -160,7 +69,7 @@ def rotary_tables(graph: Graph, config: ModelConfig, max_length: int) -> None:
     graph.node("Sin", [angles], "sin")
 
 
-def body(graph: Graph, config: ModelConfig, kinds: Kinds) -> str:
+def body(graph: Graph, config: ModelConfig, kinds: Kinds, attend: Attend) -> str:
     """Embedding and blocks -> normed hidden states (B, T, W)."""
     x, branch = embed(graph, kinds.embedding), None
     for layer in range(config.num_layers):
@@ -185,6 +94,16 @@ def interface(config: ModelConfig) -> tuple[list[onnx.ValueInfoProto], list[onnx
     return inputs, outputs
 
 
+def write(graph: Graph, config: ModelConfig, kinds: Kinds, attend: Attend, *, max_length: int) -> None:
+    """The whole model: ids (B, T) -> logits (B, K, V) of the positions `keep`. Raises ValueError as `build_decoder`."""
+    check_supported(config, SUPPORTED)
+    graph.constant("last", np.array([-1]))
+    rotary_tables(graph, config, max_length)
+    hidden = graph.node("Gather", [body(graph, config, kinds, attend), "keep"], "hidden", axis=1)
+    head = "embedding" if shares_table(kinds, is_tied=config.tie_embeddings) else "head"
+    graph.node("Identity", [matrix(graph, "head", hidden, kinds.head, stored=head)], "logits")
+
+
 def build_decoder(
     config: ModelConfig, kinds: Kinds, *, places: Mapping[str, Place], file: str, max_length: int
 ) -> onnx.ModelProto:
@@ -192,14 +111,7 @@ def build_decoder(
 
     Raises ValueError for a model that it cannot compute.
     """
-    check_supported(config)
     graph = Graph(places, file)
-    graph.constant("last", np.array([-1]))
-    rotary_tables(graph, config, max_length)
-    hidden = graph.node("Gather", [body(graph, config, kinds), "keep"], "hidden", axis=1)
-    head = "embedding" if shares_table(kinds, is_tied=config.tie_embeddings) else "head"
-    graph.node("Identity", [matrix(graph, "head", hidden, kinds.head, stored=head)], "logits")
+    write(graph, config, kinds, attend, max_length=max_length)
     inputs, outputs = interface(config)
-    proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs, list(graph.constants.values()))
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-    return helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="attnd")
+    return finished(graph, "decoder", inputs, outputs)

@@ -1,6 +1,6 @@
-"""A decoder -> a bundle of task "generation": packed weights, the graph that reads them, tokenizer, template, manifest.
+"""A decoder -> a bundle of task "generation": packed weights, the graphs that read them, tokenizer, template, manifest.
 
-The same model gives the same bytes. Nothing is traced: the graph is written node by node (`decoder_graph`), since no
+The same model gives the same bytes. Nothing is traced: graphs are written node by node (`decoder_graph`), since no
 tracer knows attention that writes its keys and values in place.
 """
 
@@ -13,10 +13,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from torch import nn
 
 from model.config import ModelConfig
+from model.decoder_attention_graph import build_attention
 from model.decoder_graph import build_decoder
-from model.transformer import LanguageModel
 from service.worker.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -33,6 +34,8 @@ from service.worker.weights.packing import PRECISIONS, Smoothing, Tensors, decod
 
 GRAPH = "decode"
 GRAPH_FILE = "decode.onnx"
+ATTENTION_GRAPH = "attention"
+BUILDERS = {GRAPH: build_decoder, ATTENTION_GRAPH: build_attention}
 WEIGHTS_FILE = "decode.data"
 TEMPLATE_FILE = "chat_template.jinja"
 SMOOTHING_FILE = "smoothing.data"
@@ -54,7 +57,7 @@ class Options:
     weights: Mapping[str, Any] | None = None  # see Manifest
 
 
-def tensors_of(model: LanguageModel) -> Tensors:
+def tensors_of(model: nn.Module) -> Tensors:
     state = model.state_dict()
     return lambda name: state[name].detach().float().numpy()
 
@@ -71,19 +74,25 @@ def export_decoder(config: ModelConfig, tensors: Tensors, text: Text, out: Path,
         smoothing=options.smoothing,
     )
     places = write_pieces(out / WEIGHTS_FILE, parts)
-    graph = build_decoder(config, kinds, places=places, file=WEIGHTS_FILE, max_length=max_length)
-    (out / GRAPH_FILE).write_bytes(graph.SerializeToString(deterministic=True))
+    graphs = {}
+    for name, build in BUILDERS.items():
+        graph = build(config, kinds, places=places, file=WEIGHTS_FILE, max_length=max_length)
+        (out / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+        graphs[name] = graph_spec(graph, f"{name}.onnx")
     (out / TOKENIZER).write_text(text.tokenizer, encoding="utf-8")
     if text.chat_template is not None:
         (out / TEMPLATE_FILE).write_text(text.chat_template, encoding="utf-8")
     if options.smoothing is not None:
         (out / SMOOTHING_FILE).write_bytes(np.concatenate([np.concatenate(one) for one in options.smoothing]).tobytes())
-    content = manifest(config, text, options, graph, out)
+    content = manifest("generation", config, text, options, graphs, out)
     (out / MANIFEST).write_text(content.to_json())
     return content
 
 
-def manifest(config: ModelConfig, text: Text, options: Options, graph: onnx.ModelProto, out: Path) -> Manifest:
+def manifest(
+    task: str, config: ModelConfig, text: Text, options: Options, graphs: Mapping[str, GraphSpec], out: Path
+) -> Manifest:
+    """Of the files that stand in `out`."""
     made_by = {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     generation = Generation(
         bos_id=text.bos_id,
@@ -94,13 +103,13 @@ def manifest(config: ModelConfig, text: Text, options: Options, graph: onnx.Mode
     return Manifest(
         version=VERSION,
         id=options.id,
-        task="generation",
+        task=task,
         created=options.created,
         architecture={name: value for name, value in asdict(config).items() if name != "labels"},
         generation=generation,
         limits=Limits(max_tokens=options.max_length or config.max_length),
         precision=options.precision,
-        graphs={GRAPH: graph_spec(graph)},
+        graphs=graphs,
         files={path.name: file_spec(path) for path in sorted(out.iterdir())},
         licence=options.licence,
         provenance={**options.provenance, "exported_with": made_by},
@@ -108,9 +117,9 @@ def manifest(config: ModelConfig, text: Text, options: Options, graph: onnx.Mode
     )
 
 
-def graph_spec(graph: onnx.ModelProto) -> GraphSpec:
+def graph_spec(graph: onnx.ModelProto, file: str) -> GraphSpec:
     inputs, outputs = (tuple(map(tensor_spec, side)) for side in (graph.graph.input, graph.graph.output))
-    return GraphSpec(file=GRAPH_FILE, inputs=inputs, outputs=outputs)
+    return GraphSpec(file=file, inputs=inputs, outputs=outputs)
 
 
 def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:

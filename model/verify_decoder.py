@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model import decoder_attention_graph, decoder_graph
 from model.config import ModelConfig
-from model.decoder_graph import interface as declared_interface
-from model.export_decoder import GRAPH, SMOOTHING_FILE, WEIGHTS_FILE, tensor_spec, tensors_of
+from model.export_decoder import ATTENTION_GRAPH, GRAPH, SMOOTHING_FILE, WEIGHTS_FILE, tensor_spec, tensors_of
 from model.importers.gguf import load_gguf
 from model.transformer import LanguageModel
 from model.verify import Check, Report, checked
+from model.verify_attention import attention
 from service.worker.bundle import Bundle, file_spec, load_bundle
 from service.worker.generation.decoder import BLOCK, DecoderEngine
 from service.worker.weights.packing import PRECISIONS, decoder_pieces, read_smoothing, write_pieces
@@ -92,6 +94,9 @@ def verify_decoder(
         checked("interface", interface, subject),
         checked("weights", weights, subject),
         checked("logits", logits, subject),
+        checked(
+            "attention", attention, subject.bundle, subject.model, subject.prompts, partial(served, subject.engine)
+        ),
         checked("greedy tokens", greedy_tokens, subject),
         checked("batched == alone", batched_alone, subject),
         checked("cut == whole", cut_whole, subject),
@@ -111,17 +116,17 @@ def facts(subject: Subject) -> tuple[bool, str]:
 
 
 def interface(subject: Subject) -> tuple[bool, str]:
-    """Names, types and open axes. (That the graph is what the manifest says, the session has checked.)"""
-    spec = subject.bundle.graph(GRAPH)
-    expected = [tuple(map(tensor_spec, side)) for side in declared_interface(subject.config)]
-    both = [(spec.inputs, expected[0]), (spec.outputs, expected[1])]
-    wrong = [
-        f"{ours} instead of {theirs}"
-        for found, wanted in both
-        for ours, theirs in zip(found, wanted, strict=True)
-        if ours != theirs
-    ]
-    return not wrong, "; ".join(wrong) or f"{len(spec.inputs)} inputs, {len(spec.outputs)} outputs, axes open"
+    """Names, types and open axes. (That the graphs are what the manifest says, the sessions have checked.)"""
+    wrong, found = [], []
+    for name, module in ((GRAPH, decoder_graph), (ATTENTION_GRAPH, decoder_attention_graph)):
+        spec = subject.bundle.graph(name)
+        for ours, declared in zip((spec.inputs, spec.outputs), module.interface(subject.config), strict=True):
+            expected = tuple(map(tensor_spec, declared))
+            wrong += [
+                f"{name}: {one} instead of {other}" for one, other in zip(ours, expected, strict=True) if one != other
+            ]
+        found.append(f"{name}: {len(spec.inputs)} inputs, {len(spec.outputs)} outputs")
+    return not wrong, "; ".join(wrong) or f"{', '.join(found)}, axes open"
 
 
 def weights(subject: Subject) -> tuple[bool, str]:

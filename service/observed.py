@@ -150,6 +150,11 @@ class Observed:
         self._models = await self._backend.models()
         return self._models
 
+    @property
+    def known_models(self) -> list[ModelInfo]:
+        """As `models` last told; none if it was never asked."""
+        return self._models
+
     async def aclose(self) -> None:
         await self._backend.aclose()
 

@@ -29,5 +29,5 @@ def invalid(error: ValidationError) -> InvalidRequest:
     # A list whose only item failed is also "too short": one problem, not two.
     others = [other for other in others if other["loc"] != first["loc"][: len(other["loc"])]]
     more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''})" if others else ""
-    got = "" if first["type"] in _SAYS_ALL else f", got {_cut(repr(first['input']))}"
+    got = "" if first["type"] in _SAYS_ALL or not path else f", got {_cut(repr(first['input']))}"
     return InvalidRequest(f"{where}: {reason[0].lower()}{reason[1:]}{got}{more}", param=path or None)

@@ -6,9 +6,16 @@ import re
 import struct
 from typing import Any
 
+SPECIAL = {  # what models put before and behind a text
+    "sentiment": (["[CLS]"], ["[SEP]"]),
+    "chat": ([], []),
+    "translation": ([], ["</s>"]),
+    "target": (["<s>"], []),
+}
 
-def tokens_of(text: str, part: str = "text") -> list[dict[str, Any]]:
-    """Words and punctuation with offsets into `text`; around a `part` of "text" the special tokens of a classifier."""
+
+def tokens_of(text: str, part: str = "text", *, of: str = "sentiment") -> list[dict[str, Any]]:
+    """Words and punctuation with offsets into `text`, between the special tokens of a model, or of a translation."""
     words = [
         {
             "id": 100 + at,
@@ -20,11 +27,11 @@ def tokens_of(text: str, part: str = "text") -> list[dict[str, Any]]:
         }
         for at, found in enumerate(re.finditer(r"\w+|[^\w\s]", text))
     ]
-    first, last = (
-        {"id": at, "text": name, "start": 0, "end": 0, "special": True, "part": None}
-        for at, name in enumerate(("[CLS]", "[SEP]"))
+    before, behind = (
+        [{"id": at, "text": name, "start": 0, "end": 0, "special": True, "part": None} for at, name in enumerate(names)]
+        for names in SPECIAL[of]
     )
-    return [first, *words, last] if part == "text" else words
+    return [*before, *words, *behind]
 
 
 def weights_of(layer: int, head: int, rows: int, columns: int, *, is_causal: bool = False) -> list[list[float]]:
@@ -42,17 +49,21 @@ def weights_of(layer: int, head: int, rows: int, columns: int, *, is_causal: boo
 
 def fake_attention(body: dict[str, Any], *, num_layers: int = 6, num_heads: int = 8) -> dict[str, Any]:
     """A reply of /v1/attention for `body`, from made-up maps."""
-    tokens, written = tokens_of(body["text"]), body.get("target") or "ein kleiner Hund"
-    target = tokens_of(written, "target") if body["model"] != "sentiment" else []
+    model = body["model"]
+    tokens, written = tokens_of(body["text"], of=model), body.get("target") or "ein kleiner Hund"
+    target = [] if model == "sentiment" else tokens_of(written, "target", of="chat" if model == "chat" else "target")
     sizes = {"encoder": (len(tokens), len(tokens))}
-    if body["model"] == "chat":
+    if model == "chat":
         sizes = {"decoder": (len(tokens) + len(target),) * 2}
-    elif body["model"] == "translation":
+    elif model == "translation":
         sizes |= {"decoder": (len(target), len(target)), "cross": (len(target), len(tokens))}
+        if body.get("reduce") == "rollout":
+            del sizes["cross"]
     wanted = {kind: size for kind, size in sizes.items() if body.get("kind") in (None, kind)}
     maps = [one for kind, size in wanted.items() for one in _maps(body, kind, *size, num_layers, num_heads)]
     timing = {"queue_seconds": 0.0, "tokenize_seconds": 0.0001, "compute_seconds": 0.006, "total_seconds": 0.0071}
-    reply = {"model": body["model"], "tokens": tokens, "maps": maps, "timing": timing}
+    graph = "classify" if model == "sentiment" else "attention"
+    reply = {"model": model, "graph": graph, "tokens": tokens, "maps": maps, "timing": timing}
     reply["usage"] = {"prompt_tokens": len(tokens), "truncated": 0}
     scores = [{"label": "POSITIVE", "score": 0.9876}, {"label": "NEGATIVE", "score": 0.0124}]
     reply["prediction"] = {"text": written} if target else {"scores": scores}

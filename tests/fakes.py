@@ -164,7 +164,7 @@ class FakeBackend:
         prediction = Prediction(scores=fake_scores(TextInput(request.text, request.text_pair))[: request.top_k])
         tokens = fake_tokens(request.text)
         usage, timing = Usage(prompt_tokens=len(tokens), truncated=0), Timing(0.001, 0.0001, 0.004, 0.0051)
-        return AttentionMaps(model.id, tokens, None, fake_maps(request), prediction, usage, timing)
+        return AttentionMaps(model.id, "classify", tokens, None, fake_maps(request), prediction, usage, timing)
 
     async def explain(self, request: ExplainRequest, call: Call) -> Explanation:
         model = await self._asked(request, call, ("classification",), request.model)

@@ -41,6 +41,7 @@ async def test_a_reply(served: wire.Served) -> None:
     weights = [[[2000 + 100 * head + 10 * query + key for key in range(3)] for query in range(3)] for head in range(2)]
     assert reply.json == {
         "model": "sentiment",
+        "graph": "classify",
         "tokens": [
             {"id": 0, "text": "[CLS]", "start": 0, "end": 0, "special": True, "part": None},
             {"id": 1, "text": "a", "start": 0, "end": 1, "special": False, "part": "text"},
@@ -110,7 +111,9 @@ def test_no_piece_is_longer_than_a_head_and_none_is_made_before_its_turn() -> No
     one = AttentionMap("cross", 0, (0, 1, 2), (3, 2, 4), array.array("f", range(24)).tobytes())
     written = (AttendedToken(5, "ja", 0, 2, False, "target"),)
     prediction = Prediction(text="ja")
-    result = AttentionMaps("m", fake_tokens("a b c"), written, (one, one), prediction, Usage(1, 0), Timing(0, 0, 0, 0))
+    result = AttentionMaps(
+        "m", "attention", fake_tokens("a b c"), written, (one, one), prediction, Usage(1, 0), Timing(0, 0, 0, 0)
+    )
     pieces = list(pieces_of(result, "json"))
     assert max(map(len, pieces[1:])) <= len(orjson.dumps(list(range(8)))) * 2 + 90
     whole = json.loads(b"".join(pieces))

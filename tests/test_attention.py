@@ -5,39 +5,25 @@ The truth is the PyTorch module's explicit path, which shares no code with what 
 
 import asyncio
 import base64
-import json
-import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import wire
+from reached import Running, array_of, call, serving
 
 from service.backend import Backend
-from service.config import Settings
 from service.domain import (
-    AttentionMap,
     AttentionMaps,
     AttentionRequest,
-    Call,
     ClassifyRequest,
     ExplainRequest,
     Score,
     TextInput,
 )
 from service.errors import AttndError, DeadlineExceeded, InvalidRequest, NotFound, Overloaded, TooLarge, Unsupported
-from service.gateway.app import create_app
-from service.gateway.server import HttpServer
-from service.metrics import Metrics
-from service.observed import Observed
-from service.rpc.client import RemoteBackend
-from service.rpc.server import RpcServer
 from service.worker.classification.sequence import Job
-from service.worker.load import load_models
-from service.worker.local import LocalBackend
 
 tiny = pytest.importorskip("tiny", reason="the truth is computed with torch", exc_type=ImportError)
 torch = pytest.importorskip("torch")
@@ -46,38 +32,6 @@ TEXT = "  w3 w4 unknown\tw49 é w7"
 OFFSETS = [(0, 0), (2, 4), (5, 7), (8, 15), (16, 19), (20, 21), (22, 24), (0, 0)]
 IDS = [1, 3, 4, 0, 49, 0, 7, 2]
 NUM_LAYERS, NUM_HEADS = tiny.CONFIG.num_layers, tiny.CONFIG.num_heads
-
-
-class Running:
-    """One model, reached in three ways."""
-
-    def __init__(self, local: LocalBackend, remote: RemoteBackend, metrics: Metrics, http_port: int) -> None:
-        self.local, self.remote, self.metrics, self.http_port = local, remote, metrics, http_port
-
-    async def ask(self, **body: Any) -> wire.Reply:
-        return await wire.ask(self.http_port, "POST", "/v1/attention", json.dumps(body).encode())
-
-    async def explain(self, **body: Any) -> wire.Reply:
-        return await wire.ask(self.http_port, "POST", "/v1/explain", json.dumps(body).encode())
-
-
-@asynccontextmanager
-async def serving(bundle: Path, **options: Any) -> AsyncIterator[Running]:
-    settings = Settings(models=(str(bundle),), http_port=0, grpc_port=0, drain_timeout=5.0, **options)
-    metrics = Metrics(settings.latency_buckets, {})
-    local = LocalBackend(lambda: load_models(settings, metrics), drain_timeout_s=5.0)
-    await local.start()
-    observed = Observed(local, metrics)
-    await observed.models()
-    rpc, http = RpcServer(observed, settings), HttpServer(create_app(observed, metrics, settings), settings)
-    remote = RemoteBackend((f"127.0.0.1:{await rpc.start()}",), settings)
-    try:
-        yield Running(local, remote, metrics, await http.start())
-    finally:
-        await remote.aclose()
-        await http.stop()
-        await rpc.stop()
-        await local.aclose()
 
 
 @pytest.fixture
@@ -92,10 +46,6 @@ def backend(running: Running, request: pytest.FixtureRequest) -> Backend:
     return found
 
 
-def call(seconds: float = 30.0) -> Call:
-    return Call("id", "test", time.monotonic() + seconds)
-
-
 def asking(text: str = TEXT, **fields: Any) -> AttentionRequest:
     return AttentionRequest(text=text, **fields)
 
@@ -108,10 +58,6 @@ def truth(ids: list[int], types: list[int] | None = None) -> tuple[np.ndarray, n
             torch.tensor([ids]), types=None if types is None else torch.tensor([types]), trace=trace
         )
     return logits.softmax(-1)[0].numpy(), np.stack([weights[0].numpy() for weights in trace])
-
-
-def array_of(one: AttentionMap) -> np.ndarray:
-    return np.frombuffer(one.weights, "<f4").reshape(one.shape)
 
 
 def all_maps(result: AttentionMaps) -> np.ndarray:
@@ -129,7 +75,8 @@ async def test_every_layer_and_head_is_the_modules_own(backend: Backend) -> None
     np.testing.assert_allclose(all_maps(result).sum(-1), 1, atol=1e-5)
     scores = {score.label: score.score for score in result.prediction.scores}
     np.testing.assert_allclose([scores[label] for label in tiny.LABELS], probabilities, atol=1e-5)
-    assert (result.model, result.target_tokens, result.prediction.text) == ("tiny", None, None)
+    assert (result.model, result.graph) == ("tiny", "classify")
+    assert (result.target_tokens, result.prediction.text) == (None, None)
 
 
 @pytest.mark.parametrize("encoding", ["json", "base64"])
@@ -226,8 +173,8 @@ async def test_an_empty_text_has_special_tokens(backend: Backend) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"layers": (2,)}, InvalidRequest, "layers: the model has 2, numbered from 0 to 1, got 2"),
-        ({"heads": (0, 4)}, InvalidRequest, "heads: the model has 4, numbered from 0 to 3, got 4"),
+        ({"layers": (2,)}, InvalidRequest, "layers: the encoder attention has 2, numbered from 0 to 1, got 2"),
+        ({"heads": (0, 4)}, InvalidRequest, "heads: the encoder attention has 4, numbered from 0 to 3, got 4"),
         ({"model": "other"}, NotFound, "no model 'other'"),
         ({"kind": "cross"}, NotFound, "no model for translation"),
         ({"kind": "decoder", "model": "tiny"}, Unsupported, "'tiny' is for classification, not generation"),
@@ -245,12 +192,12 @@ async def test_maps_over_the_limit_are_refused_before_they_are_computed(tiny_bun
     size = 4 * NUM_HEADS * len(IDS) ** 2
     async with serving(tiny_bundles["float32"], threads=1, max_attention_bytes=size) as running:
         await running.local.attention(asking(), call())
-        before = count(running, "attnd_batch_size_count", model="tiny")
+        before = running.count("attnd_batch_size_count", model="tiny")
         reply = await running.ask(text=TEXT, layers="all")
         assert (reply.status, reply.json["error"]["code"]) == (413, "attention_too_large")
-        words = f"have {2 * size} bytes (2 layers, 4 heads, reduce 'none', 8 tokens), the limit is {size}"
+        words = f"have {2 * size} bytes (encoder: 2 layers, 4 heads, 8 x 8 tokens; reduce 'none'), the limit is {size}"
         assert words in reply.json["error"]["message"]
-        assert count(running, "attnd_batch_size_count", model="tiny") == before
+        assert running.count("attnd_batch_size_count", model="tiny") == before
         assert (await running.ask(text=TEXT, layers="all", reduce="mean")).status == 200
 
 
@@ -263,15 +210,6 @@ async def test_old_bundles_classify_and_say_what_they_lack(tiny_bundles: dict[st
             assert (reply.status, reply.json["error"]["code"]) == (501, "no_attention")
             assert "has no attention outputs; export it anew" in reply.json["error"]["message"]
         assert (await running.explain(text=TEXT)).status == 200
-
-
-async def test_models_that_write_say_that_they_cannot_yet(tmp_path: Path) -> None:
-    bundle = tiny.tiny_generation_bundle(tmp_path / "chat", precision="float32")
-    async with serving(bundle, threads=1) as running:
-        reply = await running.ask(text="hello")
-        assert (reply.status, reply.json["error"]["code"]) == (501, "no_attention")
-        assert "'tiny-chat' is for generation; so far only models for classification" in reply.json["error"]["message"]
-        assert (await running.explain(text="hello")).status == 404
 
 
 async def test_int8_rows_sum_to_one_and_belong_to_the_int8_prediction(tiny_bundles: dict[str, Path]) -> None:
@@ -367,24 +305,20 @@ async def test_an_explanation_that_does_not_fit_the_queue_is_refused_and_leaves_
         assert model._jobs._loop.num_waiting == 2
 
 
-def count(running: Running, name: str, **labels: str) -> float:
-    return running.metrics.registry.get_sample_value(name, labels) or 0.0
-
-
 async def test_maps_bytes_and_seconds_are_counted(running: Running) -> None:
     await running.ask(text=TEXT, layers="all")
     await running.ask(text=TEXT, reduce="mean")
     await running.ask(text=TEXT, layers=[7])
     await running.explain(text=TEXT)
     every, mean = ({"model": "tiny", "reduce": reduce} for reduce in ("none", "mean"))
-    assert count(running, "attnd_attention_maps_total", **every) == NUM_LAYERS
-    assert count(running, "attnd_attention_bytes_total", **every) == 4 * NUM_LAYERS * NUM_HEADS * len(IDS) ** 2
-    assert count(running, "attnd_attention_maps_total", **mean) == 1
-    assert count(running, "attnd_attention_bytes_total", **mean) == 4 * len(IDS) ** 2
-    assert count(running, "attnd_attention_seconds_count", **mean) == 1
+    assert running.count("attnd_attention_maps_total", **every) == NUM_LAYERS
+    assert running.count("attnd_attention_bytes_total", **every) == 4 * NUM_LAYERS * NUM_HEADS * len(IDS) ** 2
+    assert running.count("attnd_attention_maps_total", **mean) == 1
+    assert running.count("attnd_attention_bytes_total", **mean) == 4 * len(IDS) ** 2
+    assert running.count("attnd_attention_seconds_count", **mean) == 1
     for route, outcome, times in (("attention", "ok", 2), ("attention", "invalid", 1), ("explain", "ok", 1)):
         labels = {"route": f"/v1/{route}", "model": "tiny", "outcome": outcome}
-        assert count(running, "attnd_request_seconds_count", **labels) == times
+        assert running.count("attnd_request_seconds_count", **labels) == times
 
 
 async def test_plain_classification_fetches_logits_alone(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,11 +133,11 @@ MAPS = (
 PREDICTION = Prediction(scores=(Score("POSITIVE", 0.1 + 0.2),))
 SHORT_TIMING = Timing(0.1, 1e-9, 0.3, 12345.678901234567)
 ATTENTIONS = [
-    AttentionMaps("sentiment", TOKENS, None, MAPS, PREDICTION, Usage(3, 1), SHORT_TIMING),
+    AttentionMaps("sentiment", "classify", TOKENS, None, MAPS, PREDICTION, Usage(3, 1), SHORT_TIMING),
     AttentionMaps(
-        "t", (), (AttendedToken(1, "x", 0, 1, False, "target"),), (), Prediction(text=""), Usage(0, 0), SHORT_TIMING
+        "t", "", (), (AttendedToken(1, "x", 0, 1, False, "target"),), (), Prediction(text=""), Usage(0, 0), SHORT_TIMING
     ),
-    AttentionMaps("t", TOKENS, (), MAPS[:1], Prediction(text="naïve 🎬"), Usage(1, 0), SHORT_TIMING),
+    AttentionMaps("t", "attention", TOKENS, (), MAPS[:1], Prediction(text="naïve 🎬"), Usage(1, 0), SHORT_TIMING),
 ]
 EXPLAIN_REQUESTS = [
     ExplainRequest(text="good"),

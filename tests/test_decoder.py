@@ -72,7 +72,7 @@ def test_pieces_of_prefill_and_decode_give_the_logits_of_the_reference(bundles: 
     expected = reference(ids)
     found = [engine.prefill(1, ids[at : at + BLOCK], at, keep="all") for at in (0, BLOCK)]
     np.testing.assert_allclose(np.concatenate(found), expected[:128], atol=1e-4, rtol=0)
-    engine.move(1, 0, 128)
+    engine.move(1, 0, 0, 128)
     for at in range(128, 150):
         np.testing.assert_allclose(engine.decode([ids[at]], [at])[0], expected[at], atol=1e-4, rtol=0)
 
@@ -144,8 +144,8 @@ def test_a_sequence_goes_on_with_the_same_bits_in_another_slot(engine: DecoderEn
     expected = [engine.decode([token], [70 + at]).copy() for at, token in enumerate((4, 5))]
     read(engine, 16, ids)
     read(engine, 0, random_ids(90, seed=4))  # what was there before
-    engine.move(16, 0, 70)
-    engine.move(0, 0, 70)
+    engine.move(16, 0, 0, 70)
+    engine.move(0, 0, 0, 70)
     for at, token in enumerate((4, 5)):
         np.testing.assert_array_equal(engine.decode([token], [70 + at]), expected[at])
 
@@ -221,7 +221,7 @@ def test_memory_is_taken_by_tokens_that_were_written_and_by_no_others() -> None:
         memory.slots[:, slot, :, :128] = 1.0
     memory.save(15, 64, 1000)
     memory.restore(1000, 7, 64)
-    memory.move(15, 3, 128)
+    memory.move(15, 3, 0, 128)
     written = (2 * 128 + 64 + 64 + 128) * shape.bytes_per_token
     assert written <= resident_bytes() - before <= 1.5 * written
     assert (memory.slots[:, 3, :, :128] == 1).all()

@@ -19,8 +19,9 @@ NOBODY: Any = None  # writes no text
 class Machine:
     """What an engine would do: slots and blocks as lists of tokens, each step executed in its order."""
 
-    def __init__(self, *, max_rows: int = 4, max_waiting: int = 1000, num_blocks: int = 16) -> None:
+    def __init__(self, *, max_rows: int = 4, max_waiting: int = 1000, num_blocks: int = 16, seed: int = 0) -> None:
         self.max_rows = max_rows
+        self.draw = random.Random(seed)
         self.scheduler = Scheduler(max_rows=max_rows, max_waiting=max_waiting, num_blocks=num_blocks)
         self.slots: list[list[int]] = [[] for _ in range(slots_for(max_rows))]
         self.blocks: list[list[int]] = [[] for _ in range(num_blocks)]
@@ -28,12 +29,17 @@ class Machine:
         self.spans: dict[Sequence, list[tuple[int, int]]] = {}  # what was computed of each prompt
         self.written: dict[Sequence, int] = {}
 
-    def add(self, *prompts: list[int], n: int = 1, is_echoed: bool = False) -> list[Sequence]:
+    def add(
+        self, *prompts: list[int], n: int = 1, is_echoed: bool = False, num_beams: int = 1, is_whole: bool = False
+    ) -> list[Sequence]:
         """One request."""
-        job = Job(len(prompts) * n, Progress())
+        job = Job(len(prompts) * n * num_beams, Progress())
         self.scheduler.admit(job)
-        whole = [Prompt(index, ids) for index, ids in enumerate(prompts)]
-        added = [Sequence(job, index, whole[index // n], NOBODY, is_echoed) for index in range(job.num_outputs)]
+        read = [Prompt(index // n, prompts[index // n], is_whole) for index in range(0, len(prompts) * n, n)]
+        added = [
+            Sequence(job, index, read[index // n], NOBODY, is_echoed, num_beams=num_beams)
+            for index in range(len(prompts) * n)
+        ]
         self.scheduler.add(added)
         return added
 
@@ -41,7 +47,7 @@ class Machine:
         step = self.scheduler.next_step()
         assert set(step.rows) == {one for one in self.written if not one.has_left}
         for move in step.moves:
-            self.slots[move.target][:] = self.slots[move.source][: move.num_tokens]
+            self.slots[move.target][move.start :] = self.slots[move.source][move.start : move.end]
         for restore in step.restores:
             del self.slots[restore.slot][restore.start :]
             self.slots[restore.slot] += self.blocks[restore.block]
@@ -50,7 +56,9 @@ class Machine:
         assert [row.slot for row in step.rows] == list(range(len(step.rows)))
         for row, length in zip(step.rows, step.lengths, strict=True):
             self._read(row, length, [-row.last_id])
-            self._write(row)
+        for row in step.rows:
+            if not row.is_follower:
+                self._write(row)
         assert len(step.rows) + len(self.scheduler._prefilling) <= self.max_rows
         return step
 
@@ -65,7 +73,8 @@ class Machine:
             self.slots[fork.slot][:] = self.slots[sequence.slot]
             self.read[fork] = list(sequence.prompt.ids)
         for complete in (sequence, *chunk.forks) if chunk.is_last else ():
-            self._write(complete)
+            if not complete.is_follower:
+                self._write(complete)
 
     def _read(self, sequence: Sequence, start: int, ids: Any) -> None:
         slot = self.slots[sequence.slot]
@@ -74,8 +83,18 @@ class Machine:
         self.read[sequence] += ids
 
     def _write(self, sequence: Sequence) -> None:
-        self.written[sequence] = self.written.get(sequence, 0) + 1
-        sequence.last_id = sequence.rank[1] + 1
+        for place, row in enumerate(sequence.rows):
+            self.written[row] = self.written.get(row, 0) + 1
+            row.last_id = 100 * (sequence.rank[1] + 1) + place
+        self._choose_parents(sequence.rows)
+
+    def _choose_parents(self, rows: tuple[Sequence, ...]) -> None:
+        """As a search may: some beams live on in their rows, the other rows go on from one of them."""
+        living = [row for row in rows if self.draw.random() < 0.5] or [rows[0]]
+        for row in rows:
+            row.parent = None if row in living else self.draw.choice(living)
+            if row.parent is not None:
+                self.read[row] = list(self.read[row.parent])
 
     def run_until(self, condition: Callable[[], bool], *, at_most: int = 1000) -> int:
         for count in range(at_most):
@@ -366,6 +385,133 @@ def test_a_prompt_whose_every_logit_is_wanted_is_computed_whole_but_kept_for_oth
     assert third.num_cached == 192
 
 
+def test_a_prompt_that_must_stay_whole_is_read_at_once_and_kept_for_nobody() -> None:
+    machine = Machine()
+    machine.add(ids(10))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 1)
+    for _ in range(2):
+        (source,) = machine.add(ids(192), is_whole=True)
+        (next_one,) = machine.add(ids(192, 5000), is_whole=True)
+        assert planned(machine.step()) == [(source.rank[1], 0, 192)]  # it costs more than a step may
+        assert planned(machine.step()) == [(next_one.rank[1], 0, 192)]
+        machine.finish(source, next_one)
+        machine.step()
+    assert machine.scheduler._cache.num_used == 0
+
+
+# --- beams
+
+
+def test_the_beams_of_a_search_start_and_end_together_and_read_their_prompt_once() -> None:
+    machine = Machine()
+    (search,) = machine.add(ids(100), num_beams=3)
+    step = machine.step()
+    assert (len(step.started), machine.scheduler.num_waiting) == (3, 0)
+    machine.run_until(lambda: search in machine.written)
+    assert machine.spans == {search: [(0, 64), (64, 100)]}
+    assert set(machine.step().rows) == {search, *search.followers}
+    assert any(row.parent for row in search.rows)
+    machine.finish(search)
+    step = machine.step()
+    assert (step.is_empty, step.moves) == (True, [])
+    assert machine.scheduler.num_running == 0
+
+
+def test_a_beam_takes_over_what_its_parent_has_behind_the_prompt() -> None:
+    machine = Machine()
+    machine.draw.random = lambda: 0.0  # all beams live on
+    (search,) = machine.add(ids(100), num_beams=3)
+    machine.run_until(lambda: search in machine.written)
+    machine.step()
+    first, second, third = search.rows
+    first.parent = third.parent = second
+    for row in (first, third):
+        machine.read[row] = list(machine.read[second])
+    step = machine.step()
+    moves = [(move.source, move.target, move.start, move.end) for move in step.moves]
+    assert moves == [(second.slot, row.slot, 100, 101) for row in step.rows if row is not second]
+
+
+def test_beams_keep_their_own_when_others_leave_and_change_their_places() -> None:
+    machine = Machine(max_rows=8, seed=1)
+    others = machine.add(*(ids(5 + at) for at in range(4)))
+    (search,) = machine.add(ids(20, 100), num_beams=4)
+    machine.run_until(lambda: search in machine.written)
+    for other in others:
+        machine.finish(other)
+        machine.step()  # which compares each row's slot with what it must hold
+    assert sorted(row.slot for row in search.rows) == [0, 1, 2, 3]
+
+
+def test_a_search_waits_for_all_its_rows_and_nobody_who_came_later_takes_them() -> None:
+    machine = Machine(max_rows=4)
+    first, second = machine.add(ids(5), ids(6))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 2)
+    (search,) = machine.add(ids(10, 100), num_beams=3)
+    later = [machine.add(ids(3, 1000 * at))[0] for at in range(1, 5)]
+    for _ in range(5):
+        assert machine.step().started == []
+    machine.finish(first)
+    assert machine.step().started == [*search.rows]
+    assert machine.scheduler.num_running == 4
+    machine.finish(second)
+    assert machine.step().started == [later[0]]
+
+
+def test_a_stream_of_short_requests_does_not_starve_a_search() -> None:
+    machine = Machine(max_rows=4, seed=3)
+    machine.add(ids(5), ids(6), ids(7))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 3)
+    (search,) = machine.add(ids(200, 100), num_beams=4)
+    for count in range(60):
+        machine.add(ids(2, 1000 * count + 500))
+        for row in machine.step().rows:
+            if machine.draw.random() < 0.3:
+                machine.finish(row)
+        if search in machine.written:
+            break
+    assert search in machine.written
+
+
+def test_what_fits_beside_a_search_that_could_start_starts() -> None:
+    """The shortest prompt is read first in every other turn, and leaves the search the rows that it needs."""
+    machine = Machine(max_rows=4)
+    machine.add(ids(5))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 1)
+    (search,) = machine.add(ids(400, 100), num_beams=3)
+    for at in range(1, 4):
+        machine.add(ids(2, 1000 * at))
+    for _ in range(3):
+        machine.step()
+    assert [row.slot >= 0 for row in search.rows] == [True] * 3
+    assert machine.scheduler.num_running == 4
+
+
+def test_other_outputs_of_a_prompt_leave_a_waiting_search_its_rows() -> None:
+    machine = Machine(max_rows=5)
+    outputs = machine.add(ids(10), n=4)
+    (search,) = machine.add(ids(300, 5000), num_beams=3)
+    assert machine.step().started == [*outputs[:2], *search.rows]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 8])
+@pytest.mark.parametrize("is_failure", [False, True])
+def test_a_search_that_is_left_gives_everything_back(steps: int, is_failure: bool) -> None:
+    machine = Machine(max_rows=3)
+    (first,), (search,) = machine.add(ids(10)), machine.add(ids(300, 1000), num_beams=2)
+    for _ in range(steps):
+        machine.step()
+    if is_failure and search.slot >= 0:
+        machine.finish(search)
+    else:
+        machine.scheduler.close(search.job)
+    machine.run_until(lambda: first in machine.written)
+    machine.finish(first)
+    machine.step()
+    assert (machine.scheduler.num_running, machine.scheduler.num_waiting) == (0, 0)
+    assert all(block.num_users == 0 for block in machine.scheduler._cache._by_age)
+
+
 @pytest.mark.parametrize("num_blocks", [0, 1, 3])
 def test_a_pool_too_small_for_a_prompt_changes_nothing_but_the_reuse(num_blocks: int) -> None:
     machine = Machine(num_blocks=num_blocks)
@@ -397,7 +543,7 @@ def test_everything_is_given_back_whatever_the_end() -> None:
 def test_any_course_of_events_keeps_every_row_its_own_and_ends(seed: int) -> None:
     """Prompts with shared beginnings come, end, fail and go at random; the machine checks each slot at each step."""
     draw = random.Random(seed)
-    machine = Machine(max_rows=draw.choice([1, 2, 3, 6]), num_blocks=draw.choice([0, 2, 9]))
+    machine = Machine(max_rows=draw.choice([1, 2, 3, 6]), num_blocks=draw.choice([0, 2, 9]), seed=seed)
     everything: list[Sequence] = []
     for _ in range(150):
         if draw.random() < 0.3:
@@ -405,9 +551,11 @@ def test_any_course_of_events_keeps_every_row_its_own_and_ends(seed: int) -> Non
             prompts = [
                 [*shared, *ids(draw.randrange(1, 150), draw.randrange(9999))] for _ in range(draw.choice([1, 2]))
             ]
-            everything += machine.add(*prompts, n=draw.choice([1, 1, 3]))
+            num_beams = draw.randrange(1, machine.max_rows + 1) if draw.random() < 0.3 else 1
+            n = draw.choice([1, 1, 3]) if num_beams == 1 else 1
+            everything += machine.add(*prompts, n=n, num_beams=num_beams, is_whole=draw.random() < 0.2)
         for row in machine.step().rows:
-            if draw.random() < 0.2:
+            if draw.random() < 0.2 and not row.is_follower:
                 machine.finish(row)
         if everything and draw.random() < 0.1:
             machine.scheduler.close(draw.choice(everything).job)
@@ -416,7 +564,10 @@ def test_any_course_of_events_keeps_every_row_its_own_and_ends(seed: int) -> Non
     machine.step()
     assert (machine.scheduler.num_running, machine.scheduler.num_waiting) == (0, 0)
     assert all(block.num_users == 0 for block in machine.scheduler._cache._by_age)
-    for spans in machine.spans.values():
+    for sequence, spans in machine.spans.items():
+        if sequence.prompt.is_whole:
+            assert spans == [(0, len(sequence.prompt.ids))]
+            continue
         assert all(start // CHUNK == (end - 1) // CHUNK for start, end in spans)
         assert all(end - start > 1 or start % CHUNK == 0 for start, end in spans)
 

@@ -1,10 +1,12 @@
 """Generations from request to events, on a tiny seeded model: the same bits in any company, and every way to end."""
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +21,9 @@ from service.errors import (
     Overloaded,
     TooLarge,
     Unavailable,
-    Unsupported,
 )
 from service.metrics import Metrics
+from service.worker.generation import loop
 from service.worker.generation.generator import LONG_TEXT, Generator
 from service.worker.local import LocalBackend
 
@@ -229,13 +231,169 @@ async def test_a_very_long_prompt_is_tokenized_beside_the_event_loop_and_refused
     assert running.generator._loop.num_waiting == 0
 
 
+# --- beam search
+
+
+class Continuing:
+    """A language model that the reference search takes for an encoder-decoder: its source is the prompt.
+
+    What a row has read is kept as its keys, so that the search puts it in order; nothing else is remembered.
+    """
+
+    def encode(self, source: Any, mask: None) -> Any:
+        return source[..., None]
+
+    def decode(self, ids: Any, memory: Any, mask: None, *, past: Any) -> Any:
+        import torch
+
+        from model.transformer import KeyValue, LayerCache
+
+        read = ids[:, 1:] if past is None else torch.cat((past[0].own.key, ids), dim=1)  # without the start token
+        logits, _ = tiny.seeded_chat_model()(torch.cat((memory[..., 0], read), dim=1))
+        return logits, [LayerCache(KeyValue(read, read), None)]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+async def test_a_search_finds_what_the_reference_finds_on_the_same_weights(run: Start_, length_penalty: float) -> None:
+    import torch
+
+    from model.search import beam_search
+    from model.subwords import END_ID
+
+    running = await run("float32")
+    options = {"num_beams": 3, "length_penalty": length_penalty}
+    for prompt in (PROMPT, LONG, "a"):
+        ids = tiny.chat_tokenizer().encode(prompt).ids
+        model: Any = Continuing()
+        (expected,) = beam_search(model, torch.tensor([ids]), max_new=[16], **options)
+        found = await running.collect(prompt=prompt, max_tokens=16, n=3, stop_token_ids=[END_ID], logprobs=0, **options)
+        assert [found.ids(place) for place in range(3)] == [
+            [token for token in hypothesis.ids if token != END_ID] for hypothesis in expected
+        ]
+        for place, hypothesis in enumerate(expected):
+            total = sum(token.logprob.logprob for token in found.tokens(place) if token.logprob)
+            if found.finish(place).finish_reason == "length":
+                assert total / 16**length_penalty == pytest.approx(hypothesis.score, abs=1e-4)
+
+
+async def test_a_search_tells_its_outputs_when_it_is_over_the_best_first(running: Running) -> None:
+    found = await running.collect(num_beams=4, n=2, logprobs=1)
+    told = [(type(event).__name__, getattr(event, "index", None)) for event in found.events]
+    one = [("Token", 0)] * 12 + [("Finish", 0)]
+    other = [("Token", 1)] * 12 + [("Finish", 1)]
+    assert told == [("Start", None), *one, *other, ("End", None)]
+    totals = [sum(token.logprob.logprob for token in found.tokens(at) if token.logprob) for at in range(2)]
+    assert totals[0] > totals[1]
+    assert totals[0] > sum(
+        token.logprob.logprob for token in (await running.collect(logprobs=0)).tokens() if token.logprob
+    )  # true of these weights: greedy does not find it
+    usage = found.end.usage
+    assert (usage.completion_tokens, usage.prompt_tokens) == (24, len(tiny.chat_tokenizer().encode(PROMPT).ids))
+    await until(lambda: running.num_busy == 0)
+
+
+async def test_a_search_has_no_first_token_before_it_is_over(running: Running) -> None:
+    running.engine.gate.clear()
+    circumstances = call()
+    searching = asyncio.ensure_future(
+        collect(running.backend, circumstances, prompt=PROMPT, num_beams=2, max_tokens=3, ignore_eos=True)
+    )
+    steps: list[float | None] = []
+    decode = running.engine.decode
+    running.engine.decode = lambda *read: (steps.append(circumstances.progress.first_token), decode(*read))[1]
+    running.engine.gate.set()
+    await searching
+    assert steps == [None, None]
+    assert circumstances.progress.first_token is not None
+
+
+async def test_a_search_gets_the_same_bits_alone_and_among_neighbours(run: Start_) -> None:
+    """Its beams are forked, copied and moved among rows that come and go, and among those of other searches."""
+    running = await run(max_rows=16)
+    options = {"num_beams": 4, "n": 4, "logprobs": 3, "prompt": LONG[:150], "max_tokens": 40}
+    alone = await running.collect(**options)
+
+    async def neighbour(number: int) -> Collected:
+        await asyncio.sleep(0.002 * (number % 5))
+        beams = {"num_beams": 3} if number % 3 == 0 else {"temperature": 0.7}
+        return await running.collect(prompt=LONG[: 7 + 9 * number], max_tokens=3 + 5 * (number % 7), **beams)
+
+    first = [asyncio.ensure_future(neighbour(number)) for number in range(1, 16)]
+    among, *_ = await asyncio.gather(running.collect(**options), *first)
+    assert max(running.engine.rows) > 8
+    for place in range(4):
+        assert facts(among, place) == facts(alone, place)
+        assert among.text(place) == alone.text(place)
+    await until(lambda: running.num_busy == 0)
+
+
+async def test_each_prompt_of_a_request_is_a_search_of_its_own(run: Start_) -> None:
+    running = await run(max_rows=5)
+    options = {"num_beams": 3, "n": 2, "logprobs": 0}
+    several = await running.collect(prompt=[PROMPT, LONG, "a"], **options)
+    for place, prompt in enumerate([PROMPT, LONG, "a"]):
+        single = await running.collect(prompt=prompt, **options)
+        assert [facts(several, 2 * place + at) for at in range(2)] == [facts(single, at) for at in range(2)]
+    assert (several.end.usage.completion_tokens, several.end.usage.cached_tokens) == (6 * 12, 0)
+    again = await running.collect(prompt=[PROMPT, LONG], **options)
+    assert again.end.usage.cached_tokens == (len(tiny.chat_tokenizer().encode(LONG).ids) - 1) // 64 * 64
+
+
+async def test_the_ends_of_a_search(running: Running) -> None:
+    one = await running.collect(num_beams=2, max_tokens=1)
+    assert (len(one.ids()), one.finish().finish_reason) == (1, "length")
+    ids = (await running.collect(num_beams=2)).ids()
+    stopped = await running.collect(num_beams=2, n=2, stop_token_ids=[ids[0]], max_tokens=4)
+    assert (stopped.ids(), stopped.finish().stop, stopped.finish().finish_reason) == ([], ids[0], "stop")
+    put_off = await running.collect(num_beams=2, stop_token_ids=[ids[0]], min_tokens=3, max_tokens=8)
+    assert len(put_off.ids()) >= 3
+    assert ids[0] not in put_off.ids()
+
+
+async def test_a_search_echoes_its_prompt_once(running: Running) -> None:
+    plain = await running.collect(prompt=LONG, echo=True, logprobs=1)
+    found = await running.collect(prompt=LONG, echo=True, logprobs=1, num_beams=3, n=2)
+    assert found.prompts == plain.prompts
+
+
+async def test_a_search_that_is_left_frees_its_slots(running: Running, metrics: Metrics) -> None:
+    searching = asyncio.ensure_future(running.collect(num_beams=4, max_tokens=200))
+    await until(lambda: len(running.engine.rows) > 2)
+    searching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await searching
+    await until(lambda: running.num_busy == 0)
+    await until(lambda: sample(metrics, "attnd_release_seconds_count") == 4)
+    assert len((await running.collect(num_beams=4)).ids()) == 12
+
+
+async def test_a_search_fails_as_one_and_disturbs_nobody(running: Running) -> None:
+    """One of its beams reads what the engine cannot; its neighbour goes on."""
+    expected = await running.collect(max_tokens=30, logprobs=1)
+    beams = await running.collect(prompt=LONG, num_beams=3, n=3, max_tokens=20)
+    (poison, *_) = {token for at in (1, 2) for token in beams.ids(at)[2:]} - {*expected.ids(), *beams.ids()}
+    running.engine.gate.clear()
+    healthy = asyncio.ensure_future(running.collect(max_tokens=30, logprobs=1))
+    ill = asyncio.ensure_future(running.collect(prompt=LONG, num_beams=3, n=3, max_tokens=20))
+    running.engine.poison = poison
+    await asyncio.sleep(0)
+    running.engine.gate.set()
+    with pytest.raises(EngineFailed, match="the engine failed on output 0"):
+        await ill
+    assert facts(await healthy) == facts(expected)
+    await until(lambda: running.num_busy == 0)
+
+
 # --- what it refuses
 
 
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"num_beams": 2}, Unsupported, "num_beams is 2, model 'tiny-chat' writes with 1"),
+        ({"num_beams": 5}, TooLarge, "num_beams is 5, the limit is 4"),
+        ({"num_beams": 2, "n": 3}, InvalidRequest, "n is 3, a search with 2 beams finds no more"),
+        ({"num_beams": 2, "stop": "x"}, InvalidRequest, r"stop goes with num_beams 1 only, got \('x',\)"),
+        ({"num_beams": 2, "repetition_penalty": 1.1}, InvalidRequest, "repetition_penalty goes with num_beams 1 only"),
         ({"prompt": [[268]]}, InvalidRequest, "prompt.0: token ids are below 268, got 268"),
         ({"prompt": ""}, InvalidRequest, "prompt.0 has no tokens"),
         ({"logit_bias": {400: 1.0}}, InvalidRequest, "logit_bias: token ids are below 268, got 400"),
@@ -244,7 +402,9 @@ async def test_a_very_long_prompt_is_tokenized_beside_the_event_loop_and_refused
             TooLarge,
             "min_tokens is 300, the 20 tokens of prompt leave room for 236",
         ),
-        ({"n": 65}, TooLarge, "65 outputs in one request, the limit is 64"),
+        ({"n": 65}, TooLarge, r"65 outputs or beams .* \(prompts or sentences: 1, n: 65\), the limit is 64"),
+        ({"prompt": ["a"] * 22, "num_beams": 3}, TooLarge, r"66 .* \(prompts or sentences: 22, num_beams: 3\), .* 64"),
+        ({"prompt": ["a"] * 65}, TooLarge, r"65 .* \(prompts or sentences: 65\), .* 64"),
     ],
 )
 async def test_what_the_model_cannot_do_is_said(
@@ -268,6 +428,31 @@ async def test_a_full_queue_refuses_before_tokenizing(run: Start_, monkeypatch: 
     assert caught.value.retry_after_s > 0
     running.engine.gate.set()
     await asyncio.gather(first, second)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"), [({}, "prompt"), ({"n": 2}, "n"), ({"n": 2, "num_beams": 2}, "num_beams")]
+)
+async def test_what_makes_a_request_too_large_is_named(run: Start_, fields: dict[str, int], param: str) -> None:
+    running = await run(max_waiting=2)
+    with pytest.raises(TooLarge) as caught:
+        await running.collect(prompt=["a"] * 3, **fields)
+    assert (caught.value.param, caught.value.code) == (param, "too_many_outputs")
+
+
+async def test_when_to_come_back_depends_on_what_an_output_takes_not_its_request(
+    run: Start_, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an engine with one slot the outputs of a request follow each other: none has it as long as all together."""
+    ticks = itertools.count(1.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=ticks.__next__))
+    running = await run(max_rows=1)
+    publish, learned = running.generator._publish, list[float]()
+    monkeypatch.setattr(running.generator, "_publish", lambda done: (learned.extend(done.slot_seconds), publish(done)))
+    await running.collect(n=8)
+    await until(lambda: len(learned) == 8)
+    assert sum(learned) <= next(ticks)
+    assert min(learned) <= running.generator._output_seconds <= max(learned)
 
 
 # --- how it ends

@@ -62,22 +62,20 @@ RULES = [
     rule("service.worker.session", "service.worker.bundle service.errors", "numpy onnxruntime"),
     rule("service.worker.classification.engine", "service.worker.bundle service.worker.session", "numpy"),
     rule("service.worker.tokenizer", "service.domain service.errors", "tokenizers"),
-    rule("service.worker.classification.sequence", "service.domain service.errors"),
+    rule("service.worker.attention.views", "service.domain service.errors"),
+    rule("service.worker.attention.maps", "service.domain service.worker.attention.views", "numpy"),
+    rule("service.worker.classification.sequence", "service.domain service.errors service.worker.attention.views"),
     rule(
         "service.worker.classification.scheduler",
         "service.domain service.errors service.worker.classification.sequence",
     ),
     rule("service.worker.classification.scores", "service.domain service.errors", "numpy"),
-    rule(
-        "service.worker.classification.views",
-        "service.domain service.errors service.worker.classification.sequence",
-    ),
-    rule("service.worker.classification.maps", "service.domain service.worker.classification.sequence", "numpy"),
     rule("service.worker.classification.occlusion"),
     rule("service.worker.generation.prefix_cache"),
     rule(
         "service.worker.generation.sequence",
-        "service.domain service.worker.generation.output service.worker.generation.prefix_cache",  # output: a type only
+        "service.domain service.worker.generation.prefix_cache "
+        "service.worker.generation.beam_search service.worker.generation.output",  # these two for types only
     ),
     rule(
         "service.worker.generation.scheduler",
@@ -94,13 +92,43 @@ RULES = [
         "service.domain service.worker.generation.detokenizer service.worker.generation.sampling",
         "numpy",
     ),
-    rule("service.worker.generation.loop", "service.domain service.worker.generation.*", "numpy"),
+    rule(
+        "service.worker.generation.beam_search",
+        "service.domain service.errors service.worker.generation.output service.worker.generation.sampling",
+        "numpy",
+    ),
+    rule(
+        "service.worker.generation.loop",
+        "service.domain service.worker.engine_threads service.worker.generation.*",
+        "numpy",
+    ),
     rule("service.worker.machine"),
+    rule("service.worker.engine_threads"),
     rule("service.worker.generation.kv_memory", "service.worker.bundle service.errors", "numpy"),
     rule(
         "service.worker.generation.decoder",
         "service.worker.bundle service.worker.generation.kv_memory service.worker.session service.errors",
         "numpy",
+    ),
+    rule(
+        "service.worker.generation.attention_graph",
+        "service.domain service.worker.attention.* service.worker.bundle service.worker.session",
+        "numpy",
+    ),
+    rule(
+        "service.worker.generation.attended_text",
+        "service.domain service.worker.bundle service.worker.tokenizer",
+    ),
+    rule(
+        "service.worker.generation.translator",
+        "service.worker.bundle service.worker.generation.decoder service.worker.generation.kv_memory "
+        "service.worker.session service.errors",
+        "numpy",
+    ),
+    rule("service.worker.generation.sentences"),
+    rule(
+        "service.worker.generation.translation",
+        "service.domain service.errors service.worker.generation.prompts service.worker.generation.sentences",
     ),
     rule("service.worker.generation.detokenizer", "service.errors"),
     rule("service.worker.generation.chat_template", "service.domain service.errors", "jinja2"),
@@ -112,6 +140,13 @@ RULES = [
     rule("service.worker.generation.sampling", "service.domain service.errors", "numpy"),
     rule("service.worker.load", "service.config service.errors service.metrics service.worker.*"),
     rule("service.worker.*", "service.backend service.domain service.errors service.metrics service.worker.*"),
+    rule("service.cli"),
+    rule("service.cli.flags"),
+    rule("service.cli.maps", "service.domain"),
+    rule("service.cli.heatmap", "service.cli.maps", "matplotlib"),
+    rule("service.cli.client", "service.domain service.errors", "httptools pydantic"),
+    rule("service.cli.commands", "service.cli.* service.domain service.errors service.validation", "pydantic"),
+    rule("service.cli.local", "service.config service.errors service.metrics service.worker.*"),
     rule("service.__main__", "service.*", "uvloop"),
     rule(
         "model.*",
@@ -202,6 +237,7 @@ OWNERS = {
     "onnxruntime": "service.worker.session",
     "tokenizers": "service.worker.tokenizer",
     "jinja2": "service.worker.generation.chat_template",
+    "matplotlib": "service.cli.heatmap",
 }
 
 

@@ -11,7 +11,7 @@ import wire
 from fakes import until
 
 from service.config import Settings
-from service.errors import BundleError, ConfigError
+from service.errors import ConfigError
 from service.gateway.app import create_app
 from service.gateway.server import HttpServer
 from service.metrics import Metrics
@@ -24,6 +24,7 @@ from service.worker.load import load_models
 from service.worker.local import LocalBackend
 
 tiny = pytest.importorskip("tiny", reason="exporting needs torch", exc_type=ImportError)
+tiny_translator = pytest.importorskip("tests.tiny_translator", reason="exporting needs torch", exc_type=ImportError)
 
 LONG = "the hour in the hall, all the while the well will hold, and all in the hold will hear the call " * 2
 
@@ -64,13 +65,12 @@ def test_less_memory_means_fewer_at_once(chat: Path) -> None:
     assert generator._max_rows == 3
 
 
-def test_a_task_that_nothing_serves_is_refused(chat: Path, tmp_path: Path) -> None:
-    for file in chat.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tiny.change_manifest(tmp_path, lambda values: values.update(task="translation"))
-    settings = make_settings(tmp_path)
-    with pytest.raises(BundleError, match="is for translation, which this release does not serve"):
-        load_models(settings, metrics_of(settings))
+def test_a_translator_s_memory_is_all_for_sources_and_translations(tmp_path: Path) -> None:
+    bundle = tiny_translator.tiny_translation_bundle(tmp_path / "translation")
+    settings = make_settings(bundle, kv_cache_bytes=64 * 1024 * 4)  # 512 bytes a token, on either side
+    (generator,) = load_models(settings, metrics_of(settings))
+    assert isinstance(generator, Generator)
+    assert (generator._max_rows, generator._num_blocks) == (3, 0)
 
 
 class Served:

@@ -37,7 +37,7 @@ def logits(token: int) -> np.ndarray:
 
 
 def write(output: Output, *tokens: int) -> list[Event]:
-    return [event for token in tokens for event in output.write(logits(token))]
+    return [event for token in tokens for event in output.write([logits(token)])]
 
 
 def texts(events: list[Event]) -> list[str]:
@@ -116,4 +116,4 @@ def test_an_echo_is_read_in_pieces() -> None:
 
 def test_what_is_not_finite_fails() -> None:
     with pytest.raises(EngineFailed):
-        list(make_output().write(np.full(len(WORDS), np.nan, np.float32)))
+        list(make_output().write([np.full(len(WORDS), np.nan, np.float32)]))

@@ -235,12 +235,12 @@ async def test_a_translation_streams_and_is_aligned(at: Opened) -> None:
     body = {"model": "translation", "prompt": "one two three four five six", "stream": True}
     assert at.watch.bodies("/v1/generate") == [body]
     await at.page.hover(".alignment .queries .token >> nth=2")
-    weight = weights_of(5, 5, 6, 8)[2][3]
+    weight = weights_of(5, 5, 7, 7)[2][3]
     await at.text(".alignment .keys .token >> nth=3").to_have_attribute("data-weight", f"{weight:.2f}")
-    await at.text(".alignment .readout").to_contain_text("“three” looks at")
+    await at.text(".alignment .readout").to_contain_text("“two” looks at")
     await at.page.select_option(".alignment select", "1")
     await at.page.hover(".alignment .queries .token >> nth=4")
-    weight = weights_of(1, 1, 6, 8)[4][5]
+    weight = weights_of(1, 1, 7, 7)[4][5]
     await at.text(".alignment .keys .token >> nth=5").to_have_attribute("data-weight", f"{weight:.2f}")
     body = at.watch.bodies("/v1/attention")[0]
     assert (body["target"], body["kind"], body["reduce"]) == ("one two three four five six ", "cross", "mean")

@@ -12,8 +12,9 @@ pytest.importorskip("playwright", reason="the page's tests need playwright (the 
 
 from browser import CHROMIUM, Opened, answer, fill_all, launched, opened
 from playwright.async_api import Page
+from reached import array_of, call, serving
 
-from service.domain import AttentionRequest, ModelInfo, TextInput
+from service.domain import AttentionRequest, GenerateOptions, ModelInfo, TextInput
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -119,17 +120,26 @@ async def test_the_explorer_asks_for_what_is_chosen(at: Opened) -> None:
     await at.page.select_option("#panel-attention .ask .model select", "translation")
     await at.text(".kinds button").to_have_text(["encoder", "decoder", "decoder to source"])
     await at.page.click(".kinds button >> nth=2")
-    await at.text("#panel-attention .queries .token").to_have_text(["ein", "kleiner", "Hund"])
+    await at.text("#panel-attention .queries .token").to_have_text(["<s>", "ein", "kleiner", "Hund"])
     await at.page.click("text=A translation of your own")
     await at.page.fill(".second textarea", "ein Film")
     await at.page.click("text=Show attention")
-    await at.text("#panel-attention .queries .token").to_have_text(["ein", "Film"])
+    await at.text("#panel-attention .queries .token").to_have_text(["<s>", "ein", "Film"])
     await at.page.select_option("#panel-attention .ask .model select", "chat")
-    await at.text("#panel-attention .queries .token").to_contain_text(["[CLS]", "a", "Hund"])
+    await at.text("#panel-attention .queries .token").to_contain_text(["a", "gripping", "Hund"])
     body = at.watch.bodies("/v1/attention")[-1]
     assert (body["generate"], body.get("target")) == ({"max_tokens": 16}, None)
     await at.text(".prediction").to_have_text("Written: ein kleiner Hund")
     assert at.watch.complaints == []
+
+
+async def test_models_are_offered_in_the_order_of_their_tasks(at: Opened, backend: FakeBackend) -> None:
+    """However they are served: one that classifies answers at once, one that writes has to write first."""
+    backend.served = [TRANSLATION, CHAT, MODEL]
+    await at.serve_maps()
+    await at.show("attention")
+    await at.text("#panel-attention .ask .model option").to_have_text(["sentiment", "chat", "translation"])
+    await at.text(".prediction").to_have_text("Predicted: POSITIVE 0.9876")
 
 
 async def test_maps_over_the_limit_are_refused_in_words(at: Opened) -> None:
@@ -155,7 +165,7 @@ async def test_maps_read_alike_as_numbers_and_as_bytes(at: Opened) -> None:
     assert from_numbers == pytest.approx([weight for row in weights_of(3, 5, 5, 5) for weight in row], abs=1e-7)
 
 
-async def test_a_causal_decoders_maps_are_labelled_by_all_its_tokens(at: Opened) -> None:
+async def test_maps_are_labelled_by_the_tokens_of_their_kind(at: Opened) -> None:
     await at.show("sentiment")
     axes = """async ([map, reply]) => {
         const {axes} = await import("/playground/maps.js");
@@ -165,14 +175,90 @@ async def test_a_causal_decoders_maps_are_labelled_by_all_its_tokens(at: Opened)
     reply = {"tokens": [{"text": "a"}, {"text": "b"}], "target_tokens": [{"text": letter} for letter in "cde"]}
     for kind, rows, columns, labels in (
         ("decoder", 5, 5, ["abcde", "abcde"]),
-        ("decoder", 4, 4, ["abcd", "abcd"]),
-        ("decoder", 3, 5, ["cde", "abcde"]),
         ("decoder", 3, 3, ["cde", "cde"]),
         ("cross", 3, 2, ["cde", "ab"]),
         ("encoder", 2, 2, ["ab", "ab"]),
-        ("encoder", 7, 7, ["#0#1#2#3#4#5#6"] * 2),
     ):
         assert await at.page.evaluate(axes, [{"kind": kind, "rows": rows, "columns": columns}, reply]) == labels
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def models(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
+    """A tiny chat model and a tiny translator, with the ids of the shipped ones."""
+    tiny = pytest.importorskip("tiny", reason="exporting needs torch", exc_type=ImportError)
+    tiny_translator = pytest.importorskip("tiny_translator")
+    folder = tmp_path_factory.mktemp("models")
+    bundles = (
+        tiny.tiny_generation_bundle(folder / "chat", precision="int8", id="chat"),
+        tiny_translator.tiny_translation_bundle(folder / "translation", precision="int8", id="translation"),
+    )
+    async with serving(*bundles, threads=1) as running:
+        yield running.local
+
+
+async def test_a_decoder_s_own_maps_are_shown(page: Page, models: Any) -> None:
+    async with opened(page, models) as at:
+        await at.show("attention")
+        await at.page.fill("#attention-text", TEXT)
+        await at.page.fill("#panel-attention .written input", "5")
+        await at.page.click("text=Show attention")
+        asked = AttentionRequest(text=TEXT, layers="all", generate=GenerateOptions(max_tokens=5), model="chat")
+        truth = await models.attention(asked, call())
+        await at.text(".prediction").to_have_text(f"Written: {truth.prediction.text}")
+        num_tokens = len(truth.tokens) + len(truth.target_tokens)
+        await at.text("[role=gridcell]").to_have_count(sum(one.shape[0] for one in truth.maps))
+        for side in ("queries", "keys"):
+            await at.text(f"#panel-attention .{side} .token").to_have_count(num_tokens)
+        written = "#panel-attention .queries .token.written"
+        await at.text(written).to_have_count(len(truth.target_tokens))
+        await at.text("#panel-attention .readout").to_contain_text("In italics: what the model wrote.")
+        last = array_of(truth.maps[-1])[0][num_tokens - 1]  # what the last token written looks at, in the open map
+        await at.page.hover(f"#panel-attention .queries .token >> nth={num_tokens - 1}")
+        for key, weight in enumerate(last):
+            shown = f"{weight:.2f}" if weight >= 0.005 else ""
+            await at.text(f"#panel-attention .keys .token >> nth={key}").to_have_attribute("data-weight", shown)
+
+
+async def test_a_translation_and_its_own_alignment_are_shown(page: Page, models: Any) -> None:
+    async with opened(page, models) as at:
+        await at.show("translation")
+        await at.page.fill("#panel-translation textarea", "I read.")
+        await at.page.click("#panel-translation .send")
+        await at.text("#panel-translation .alignment").to_be_visible()
+        (asked,) = at.watch.bodies("/v1/attention")
+        assert asked["target"] == await at.page.locator("#panel-translation .output").inner_text()
+        truth = await models.attention(
+            AttentionRequest(text=asked["text"], target=asked["target"], kind="cross", layers="all", reduce="mean"),
+            call(),
+        )
+        await at.text("#panel-translation .queries .token").to_have_count(len(truth.target_tokens))
+        await at.text("#panel-translation .keys .token").to_have_count(len(truth.tokens))
+        weights = array_of(truth.maps[-1])[0][1]
+        await at.page.hover("#panel-translation .queries .token >> nth=1")
+        best = int(weights.argmax())
+        await at.text(f"#panel-translation .keys .token >> nth={best}").to_have_attribute(
+            "data-weight", f"{weights[best]:.2f}"
+        )
+
+
+async def test_a_translator_s_three_kinds_are_shown(page: Page, models: Any) -> None:
+    async with opened(page, models) as at:
+        await at.show("attention")
+        await at.page.select_option("#panel-attention .ask .model select", "translation")
+        await at.page.fill("#attention-text", "A dog.")
+        await at.page.click("text=Show attention")
+        await at.text(".kinds button").to_have_text(["encoder", "decoder", "decoder to source"])
+        for at_kind, (queries, keys) in enumerate((("A", "A"), ("<s>", "<s>"), ("<s>", "A"))):
+            await at.page.click(f".kinds button >> nth={at_kind}")
+            await at.text("#panel-attention .queries .token >> nth=0").to_have_text(queries)
+            await at.text("#panel-attention .keys .token >> nth=0").to_have_text(keys)
+
+
+async def test_what_is_invisible_in_a_token_is_shown(at: Opened) -> None:
+    await at.show("sentiment")
+    label = "async text => (await import('/playground/maps.js')).labelOf({text})"
+    texts = {" a ": "a", " ": "␣", " \t": "␣␣", "\n\n": "↵↵", "a\nb": "a↵b", "": "␣", "x" * 17: "x" * 15 + "…"}
+    assert [await at.page.evaluate(label, text) for text in texts] == list(texts.values())
 
 
 async def test_the_colour_scales_are_even(at: Opened) -> None:

@@ -3,7 +3,7 @@ import json
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from service.domain import ClassifyRequest, TextInput
+from service.domain import ClassifyRequest, GenerateRequest, TextInput
 from service.errors import InvalidRequest
 from service.validation import invalid
 
@@ -125,3 +125,11 @@ def test_a_request_built_from_python_fails_in_the_same_words():
     with pytest.raises(ValidationError) as caught:
         ClassifyRequest(input=())
     assert invalid(caught.value).message == error_for(input=[]).message
+
+
+def test_fields_that_do_not_go_together_are_no_one_value():
+    with pytest.raises(ValidationError) as caught:
+        GenerateRequest(prompt="a", min_tokens=3, max_tokens=2)
+    error = invalid(caught.value)
+    assert error.message == "the body: min_tokens (3) must not be over max_tokens (2)"
+    assert error.param is None

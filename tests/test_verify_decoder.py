@@ -29,7 +29,13 @@ def failed(report: Report) -> set[str]:
 def test_a_faithful_bundle_passes(tmp_path: Path, precision: str) -> None:
     report = verified(tiny_generation_bundle(tmp_path / "bundle", precision=precision))
     assert report.passed, report.text()
-    assert {check.name for check in report.checks} >= {"logits", "greedy tokens", "batched == alone", "perplexity"}
+    assert {check.name for check in report.checks} >= {
+        "logits",
+        "attention",
+        "greedy tokens",
+        "batched == alone",
+        "perplexity",
+    }
     assert report.quality["perplexity"]["tokens"] == len(TEXT)
 
 
@@ -79,6 +85,39 @@ def test_a_frozen_axis_is_found(bundle: Path) -> None:
 
     change_manifest(bundle, agree)
     assert failed(verified(bundle)) >= {"interface", "batched == alone"}
+
+
+def telling(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes whose weights are told, which compute nothing else."""
+    attributes = [one for node in graph.graph.node if node.op_type == "If" for one in node.attribute]
+    branches = [one.g for one in attributes if one.name == "then_branch"]
+    return [node for branch in branches for node in branch.node if node.op_type == "GroupQueryAttention"]
+
+
+def test_weights_of_another_temperature_are_found(bundle: Path) -> None:
+    def flatten(graph: onnx.ModelProto) -> None:
+        telling(graph)[-1].attribute.append(onnx.helper.make_attribute("scale", 0.24))  # for a quarter
+
+    change_graph(bundle, flatten, "attention.onnx")
+    assert failed(verified(bundle)) == {"attention"}
+
+
+def test_weights_before_the_softmax_are_found(bundle: Path) -> None:
+    def stop_early(graph: onnx.ModelProto) -> None:
+        (attribute,) = (one for one in telling(graph)[0].attribute if one.name == "qk_output")
+        attribute.i = 1
+
+    change_graph(bundle, stop_early, "attention.onnx")
+    assert failed(verified(bundle)) == {"attention"}
+
+
+def test_a_second_graph_that_computes_something_else_is_found(bundle: Path) -> None:
+    def forget_a_branch(graph: onnx.ModelProto) -> None:
+        residual = next(node for node in graph.graph.node if node.op_type == "Add")
+        residual.input[1] = residual.input[0]
+
+    change_graph(bundle, forget_a_branch, "attention.onnx")
+    assert failed(verified(bundle)) == {"attention"}
 
 
 def test_another_size_in_the_manifest_is_found(bundle: Path) -> None:

@@ -126,6 +126,19 @@ def without_attention(bundle: Path, copy: Path) -> Path:
     return copy
 
 
+def without_graph(bundle: Path, copy: Path, name: str) -> Path:
+    """A copy that lacks the graph `name` and its file, as exported before there was one."""
+    shutil.copytree(bundle, copy)
+
+    def drop(values: dict[str, Any]) -> None:
+        file = values["graphs"].pop(name)["file"]
+        del values["files"][file]
+        (copy / file).unlink()
+
+    change_manifest(copy, drop)
+    return copy
+
+
 def drop_attention(graph: onnx.ModelProto) -> None:
     del graph.graph.output[1:]
 

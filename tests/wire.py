@@ -130,5 +130,6 @@ async def serve(backend: FakeBackend, *, limits: Limits | None = None, **setting
     try:
         yield Served(port, backend, metrics, gateway, server)
     finally:
-        backend.release()
+        if isinstance(backend, FakeBackend):
+            backend.release()
         await server.stop()

@@ -53,9 +53,12 @@ Heads = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class GenerateOptions:
-    """How a model that writes goes on before its attention is told; the fields are those of GenerateRequest."""
+    """How a model that writes goes on before its attention is told; the fields are those of GenerateRequest.
 
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] = 32
+    `max_tokens` None: 32, and for a translation as many as it takes.
+    """
+
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10, strict=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
@@ -64,11 +67,16 @@ class GenerateOptions:
 class AttentionRequest:
     """A text (or a pair) to read, and which of the model's attention maps to tell.
 
+    A model that classifies reads the text; its encoder attends to it. One that continues texts reads it as a prompt,
+    just as it stands (no chat template), and writes on; its decoder attends to the prompt and to what it wrote. One
+    that translates reads it as one source (not sentence by sentence) and writes the translation; it has three kinds:
+    encoder (source to source), decoder (translation to translation) and cross (translation to source).
+
     `layers` None: the last one, and for a rollout all of them. `reduce`: every chosen head as it is (none), the mean or
     the greatest weight over them, one map a layer; or the rollout over the chosen layers, one map. `kind` None: all
     that the model has. `target`: a translation to force, where the model would translate itself. `generate`: how a
     model that writes does. `top_k` is the prediction's: so many of the best labels (all when None). A text over the
-    model's limit is cut, and the usage says so.
+    limit of a model that classifies is cut, and the usage says so; one that writes refuses it.
 
     Rollout (Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3) follows attention through
     the layers, from the lowest up: A = 0.5 W + 0.5 I, where W is the mean over the heads and I the residual path, rows
@@ -90,6 +98,8 @@ class AttentionRequest:
     def __post_init__(self) -> None:
         if self.target is not None and self.generate is not None:
             raise ValueError("target and generate do not go together: a forced translation leaves nothing to write")
+        if self.reduce == "rollout" and self.kind == "cross":
+            raise ValueError("reduce rollout does not go with kind cross: a token has no path to itself there")
 
 
 def attention_tasks(request: AttentionRequest) -> tuple[str, ...]:
@@ -110,7 +120,8 @@ class AttendedToken:
     """A token that the model read or wrote.
 
     `text` is the tokenizer's own name for it. `start` and `end` are the characters that it came from in `part` of the
-    request; a `special` token comes from none: its part is None and both are 0.
+    request, or of the text that was written (target); a `special` token comes from none: its part is None and both are
+    0.
     """
 
     id: int
@@ -124,6 +135,10 @@ class AttendedToken:
 @plain(frozen=True)
 class AttentionMap:
     """The weights of one layer, or of several together.
+
+    Queries and keys are the reply's tokens: of an encoder `tokens`, of a model that continues texts `tokens` followed
+    by `target_tokens`, of a translator's decoder `target_tokens`, of cross attention `target_tokens` by `tokens`. A
+    token's row says where the model looked as it read that token; a model that writes did so to choose the next.
 
     `shape` is (heads, queries, keys), and `weights` are so many float32, little endian: each row says how much a query
     looks at each key and sums to 1 (not so with `reduce` max). `layer` is None for a rollout, `heads` where they are
@@ -147,13 +162,17 @@ class Prediction:
 
 @plain(frozen=True)
 class AttentionMaps:
-    """Maps of the very run that gave the prediction: same weights, same precision, same bits.
+    """Maps that belong to the prediction.
 
-    The tokens are those of the text (and its pair); `target_tokens` those that were written, for models that write.
-    There is no padding in them.
+    `graph` is the bundle's graph that they came from. "classify" gave the prediction itself, in the same run.
+    "attention" has the weights and the precision of the graphs that write, and read the text again with what they had
+    written; it computes a prompt with their bits, and what they wrote token by token as if it were a prompt.
+    The tokens are those of the text (and its pair); `target_tokens` those that were written, for models that write: a
+    translation's begin with the token it starts from, and what ended an output is not there. There is no padding.
     """
 
     model: str
+    graph: str
     tokens: tuple[AttendedToken, ...]
     target_tokens: tuple[AttendedToken, ...] | None
     maps: tuple[AttentionMap, ...]

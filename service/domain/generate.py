@@ -85,7 +85,8 @@ class GenerateRequest:
     `max_tokens` None: as many as the model's limit leaves room for; more than that is cut to it. `temperature` None:
     what the model's manifest says (0 is greedy). `seed` None: another one for every request. `logprobs`: for every
     token its log-probability and those of the k likeliest alternatives; None: none. `echo`: the prompt's tokens with
-    their log-probabilities, too.
+    their log-probabilities, too. `num_beams` over 1: beam search, whose `n` best outputs are told when it is
+    over, ranked by log p / tokens^length_penalty.
     The order in which sampling applies them: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p.
     """
 

@@ -69,6 +69,7 @@ class Attention:
     """The reply of /v1/attention; what does not apply is not there. Offsets count Unicode code points."""
 
     model: str
+    graph: str
     tokens: list[AttendedToken]
     prediction: PredictionObject
     usage: Usage
@@ -128,7 +129,7 @@ def parse_explain(body: bytes, _path: Mapping[str, Any]) -> ExplainRequest:
 
 def pieces_of(result: AttentionMaps, encoding: Encoding) -> Iterator[bytes]:
     """The body of the reply in order; no piece is long, and each is made when it is its turn."""
-    about: dict[str, Any] = {"model": result.model, "tokens": result.tokens}
+    about: dict[str, Any] = {"model": result.model, "graph": result.graph, "tokens": result.tokens}
     if result.target_tokens is not None:
         about["target_tokens"] = result.target_tokens
     about |= {"prediction": _prediction(result.prediction), "usage": result.usage, "timing": result.timing}

@@ -14,19 +14,22 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from service.domain import Classification, ClassifyRequest, ExplainRequest, Explanation, Score
-from service.gateway import huggingface, native
+from service.gateway import native
 from service.gateway.attend import Attention, AttentionBody, AttentionEndpoint, ExplainEndpoint
 from service.gateway.door import Door
 from service.gateway.endpoint import ClassifyEndpoint, Entrance
 from service.gateway.errors import ErrorBody, HuggingFaceErrorBody
 from service.gateway.generation import GenerateEndpoint
-from service.gateway.huggingface import HuggingFaceRequest
+from service.gateway.huggingface.classification import HuggingFaceRequest
+from service.gateway.huggingface.endpoint import PipelineEndpoint, endpoint_info
+from service.gateway.huggingface.text_generation import GeneratedText, TextGenerationBody
+from service.gateway.huggingface.translation import Translation, TranslationBody
 from service.gateway.middleware import HEADERS
 from service.gateway.openai import chat, completions
 from service.metrics import Metrics
 from service.observed import Observed
 
-Endpoint = ClassifyEndpoint | GenerateEndpoint | AttentionEndpoint | ExplainEndpoint
+Endpoint = ClassifyEndpoint | GenerateEndpoint | AttentionEndpoint | ExplainEndpoint | PipelineEndpoint
 Signature = Callable[..., Awaitable[Any]]
 RequestId = Annotated[str | None, Header(description="Comes back in the reply and is in the log; made up when absent")]
 TimeoutMs = Annotated[int | None, Header(description="Milliseconds after which the request fails with 504")]
@@ -175,27 +178,26 @@ def add_huggingface_routes(app: FastAPI, entrance: Entrance, max_inputs: int) ->
     """POST to the base URL or to a model's, and what the client asks about the server."""
     about: dict[str, Any] = {"tags": ["hugging face"], "dependencies": _key_checks(entrance.door)}
     errors = _errors(*_STATUSES, body=HuggingFaceErrorBody)
-    summary = "Label one text or many"
+    body: Any = HuggingFaceRequest | TranslationBody | TextGenerationBody
+    reply = list[list[Score]] | list[Translation] | list[GeneratedText]
 
     async def pipeline_of_model(
         model_id: str,
-        request: HuggingFaceRequest,
+        request: Any,
         x_request_id: RequestId = None,
         x_request_timeout_ms: TimeoutMs = None,
-    ) -> list[list[Score]]:
+    ) -> Any:
         raise NotImplementedError
 
-    for path, signature in (
-        ("/", _signature(HuggingFaceRequest, list[list[Score]])),
-        ("/models/{model_id:path}", pipeline_of_model),
-    ):
-        label = path.replace(":path", "")
-        endpoint = ClassifyEndpoint(label, entrance, huggingface.parse, huggingface.render)
-        _add_endpoint(app, path, endpoint, signature, summary=summary, responses=errors, **about)
+    pipeline_of_model.__annotations__ |= {"request": body, "return": reply}
+    for path, signature in (("/", _signature(body, reply)), ("/models/{model_id:path}", pipeline_of_model)):
+        endpoint = PipelineEndpoint(path.replace(":path", ""), entrance)
+        summary = "Label, translate or continue a text: what the model is for"
+        _add_endpoint(app, path, endpoint, signature, summary=summary, responses=errors | _STREAM, **about)
 
     @app.get("/info", summary="What is served here", **about)
     async def info() -> Response:
-        return _json(huggingface.endpoint_info(await entrance.backend.models(), version("attnd"), max_inputs))
+        return _json(endpoint_info(await entrance.backend.models(), version("attnd"), max_inputs))
 
     @app.get("/health", summary="200 when it can serve", tags=["hugging face"])
     async def health() -> Response:

@@ -1,7 +1,8 @@
 """From settings to served models: finds the bundles, checks them, opens their engines, warms them up."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from service.config import Settings
@@ -10,9 +11,12 @@ from service.metrics import Metrics
 from service.worker.bundle import Bundle
 from service.worker.classification.classifier import Classifier
 from service.worker.classification.engine import ClassificationEngine
+from service.worker.generation.attend import Attending
+from service.worker.generation.attention_graph import GRAPH as ATTENTION_GRAPH
 from service.worker.generation.decoder import DecoderEngine, kv_bytes_per_token
 from service.worker.generation.generator import Generator
-from service.worker.generation.kv_budget import divide, kv_budget
+from service.worker.generation.kv_budget import KvPlan, divide, kv_budget
+from service.worker.generation.translator import TranslatorEngine
 from service.worker.machine import available_memory, available_threads
 from service.worker.pull import default_cache, open_bundle, pull, ready_bundle
 
@@ -77,12 +81,8 @@ def load_models(settings: Settings, metrics: Metrics) -> list[Classifier | Gener
 
 
 def _open(bundle: Bundle, settings: Settings, metrics: Metrics) -> Classifier | Generator:
-    match bundle.manifest.task:
-        case "classification":
-            return _open_classifier(bundle, settings, metrics)
-        case "generation":
-            return _open_generator(bundle, settings, metrics)
-    raise BundleError(f"{bundle.directory} is for {bundle.manifest.task}, which this release does not serve")
+    is_classifier = bundle.manifest.task == "classification"
+    return (_open_classifier if is_classifier else _open_generator)(bundle, settings, metrics)
 
 
 def _open_classifier(bundle: Bundle, settings: Settings, metrics: Metrics) -> Classifier:
@@ -111,17 +111,9 @@ def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Gen
         bytes_per_token=kv_bytes_per_token(bundle),
         max_tokens=bundle.manifest.limits.max_tokens,
         max_rows=settings.max_batch,
-        has_prefixes=settings.prefix_cache,
+        has_prefixes=settings.prefix_cache and bundle.manifest.task == "generation",
     )
-    engine = DecoderEngine(
-        bundle,
-        num_slots=plan.num_slots,
-        num_blocks=plan.num_blocks,
-        threads=settings.threads or available_threads(),
-        provider=settings.provider,
-        fallback=settings.provider_fallback,
-        spin=True,  # a step has some 300 nodes, most of them short: two thirds of the time, measured with one row
-    )
+    engine = _engine(bundle, plan, settings)
     engine.warm_up()
     if plan.max_rows < settings.max_batch:
         _log.warning("%s: keys and values of %d outputs fit, not of max_batch", bundle.manifest.id, plan.max_rows)
@@ -133,4 +125,26 @@ def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Gen
         max_rows=plan.max_rows,
         max_waiting=settings.max_queue_outputs,
         num_blocks=plan.num_blocks,
+        attending=_attending(bundle, settings),
+    )
+
+
+def _attending(bundle: Bundle, settings: Settings) -> Attending | None:
+    """None for a bundle that was made before there was a graph for it."""
+    if ATTENTION_GRAPH not in bundle.manifest.graphs:
+        return None
+    return Attending(bundle, max_bytes=settings.max_attention_bytes)
+
+
+def _engine(bundle: Bundle, plan: KvPlan, settings: Settings) -> DecoderEngine | TranslatorEngine:
+    opening: Callable[..., DecoderEngine | TranslatorEngine] = TranslatorEngine
+    if bundle.manifest.task == "generation":
+        opening = partial(DecoderEngine, num_blocks=plan.num_blocks)
+    return opening(
+        bundle,
+        num_slots=plan.num_slots,
+        threads=settings.threads or available_threads(),
+        provider=settings.provider,
+        fallback=settings.provider_fallback,
+        spin=True,  # a chat's step has some 300 nodes, most of them short: two thirds of the time with one row
     )

@@ -22,6 +22,7 @@ from service.domain import (
 from service.errors import Unavailable, Unsupported
 from service.worker.classification.classifier import Classifier
 from service.worker.generation.generator import Generator
+from service.worker.generation.translation import translate
 
 Served = Classifier | Generator
 
@@ -54,10 +55,12 @@ class LocalBackend:
     async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
         chosen = choose_model(self._ready(), attention_tasks(request), request.model)
         model = self._served[chosen.id]
-        if not isinstance(model, Classifier):
-            message = f"model {chosen.id!r} is for {chosen.task}; so far only models for classification tell attention"
+        if isinstance(model, Classifier):
+            return await model.attention(request, call)
+        if model.attending is None:
+            message = f"the bundle of model {chosen.id!r} has no graph for attention; export it anew"
             raise Unsupported(message, param="model", code="no_attention")
-        return await model.attention(request, call)
+        return await model.attending.attention(request, call, model.generate)
 
     async def explain(self, request: ExplainRequest, call: Call) -> Explanation:
         chosen = choose_model(self._ready(), ("classification",), request.model)
@@ -69,7 +72,9 @@ class LocalBackend:
         chosen = choose_model(self._ready(), generation_tasks(request), request.model)
         generator = self._served[chosen.id]
         assert isinstance(generator, Generator)
-        async with aclosing(generator.generate(request, call)) as events:
+        is_translation = chosen.task == "translation"
+        work = translate(generator, request, call) if is_translation else generator.generate(request, call)
+        async with aclosing(work) as events:
             async for event in events:
                 yield event
 

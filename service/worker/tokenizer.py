@@ -40,14 +40,17 @@ class Encoded:
 
     def told(self) -> tuple[AttendedToken, ...]:
         """The tokens as a caller is told of them."""
-        one = self.encoding
-        rows = zip(self.ids, one.tokens, one.offsets, one.sequence_ids, strict=True)
-        return tuple(
-            AttendedToken(id, text, 0, 0, True, None)
-            if part is None
-            else AttendedToken(id, text, *offsets, False, _PARTS[part])
-            for id, text, offsets, part in rows
-        )
+        return told(self.encoding)
+
+
+def told(encoding: Encoding) -> tuple[AttendedToken, ...]:
+    rows = zip(encoding.ids, encoding.tokens, encoding.offsets, encoding.sequence_ids, strict=True)
+    return tuple(
+        AttendedToken(id, text, 0, 0, True, None)
+        if part is None
+        else AttendedToken(id, text, *offsets, False, _PARTS[part])
+        for id, text, offsets, part in rows
+    )
 
 
 def load_tokenizer(path: Path) -> RustTokenizer:

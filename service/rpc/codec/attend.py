@@ -143,6 +143,7 @@ def encode_summary(result: AttentionMaps) -> pb.AttentionSummary:
     target = result.target_tokens
     return pb.AttentionSummary(
         model=result.model,
+        graph=result.graph,
         tokens=_encode_tokens(result.tokens),
         target_tokens=None if target is None else pb.AttendedTokens(tokens=_encode_tokens(target)),
         prediction=_encode_prediction(result.prediction),
@@ -205,6 +206,7 @@ def parse_maps(replies: Sequence[bytes]) -> AttentionMaps:
     prediction = summary.prediction
     return AttentionMaps(
         model=summary.model,
+        graph=summary.graph,
         tokens=_decode_tokens(summary.tokens),
         target_tokens=_decode_tokens(summary.target_tokens.tokens) if summary.HasField("target_tokens") else None,
         maps=tuple([decode_map(one.map) for one in others]),

@@ -22,15 +22,15 @@ from service.domain import (
 )
 from service.errors import InvalidRequest, Unsupported
 from service.metrics import Metrics
+from service.worker.attention.maps import maps_of, shares
+from service.worker.attention.views import check_size, rollout_of_all, views_of
 from service.worker.bundle import Bundle
-from service.worker.classification.engine import ClassificationEngine, Tokens, padded_length
+from service.worker.classification.engine import GRAPH, ClassificationEngine, Tokens, padded_length
 from service.worker.classification.loop import Row
-from service.worker.classification.maps import maps_of, shares
 from service.worker.classification.occlusion import falls, hidden_one_by_one
 from service.worker.classification.open_jobs import OpenJobs
 from service.worker.classification.scores import apply, function_for, ranked
 from service.worker.classification.sequence import Job, Sequence
-from service.worker.classification.views import check_size, rollout_of_all, view_of
 from service.worker.tokenizer import Encoded, Tokenizer
 
 LONG_TEXT = 4096  # characters from which on tokenizing would hold up the event loop (about 1 ms)
@@ -92,16 +92,16 @@ class Classifier:
 
     async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
         self._check_has_attention()
-        view = view_of(request, num_layers=self._engine.num_layers, num_heads=self._engine.num_heads)
+        (view,) = views_of(request, {"encoder": (self._engine.num_layers, self._engine.num_heads)})
         job = Job(1, call.progress, view)
         with self._jobs.admitted(job, call) as done:
             encoded = await self._encode_one(request.text, request.text_pair)
-            check_size(view, len(encoded.ids), self._max_attention_bytes)
+            check_size([view], {"encoder": (len(encoded.ids),) * 2}, self._max_attention_bytes)
             self._jobs.add(job, [_sequence(job, 0, encoded)])
             await done
         prediction = Prediction(scores=ranked(self._labels, apply(self._function, job.rows[0]), request.top_k))
         timing = call.progress.timing(time.monotonic())
-        return AttentionMaps(self.info.id, encoded.told(), None, job.maps, prediction, _usage([encoded]), timing)
+        return AttentionMaps(self.info.id, GRAPH, encoded.told(), None, job.maps, prediction, _usage([encoded]), timing)
 
     async def explain(self, request: ExplainRequest, call: Call) -> Explanation:
         if request.label is not None and request.label not in self._labels:

@@ -1,11 +1,9 @@
-"""The threads that take batches from the scheduler and run them on the engine. One loop a model.
+"""The engine loop of a classifier: batches from the scheduler are run on the engine, in threads. One loop a model.
 
 The asyncio thread adds work and gets results back through `publish`; the lock around the scheduler is all they share.
-An engine thread never waits for the event loop: after a batch it takes the next one at once.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Inputs
@@ -14,6 +12,7 @@ from typing import Protocol
 
 from service.worker.classification.scheduler import Scheduler
 from service.worker.classification.sequence import Job, Sequence
+from service.worker.engine_threads import EngineThreads
 
 _log = logging.getLogger("attnd.engine")
 
@@ -50,67 +49,44 @@ class EngineLoop:
     ) -> None:
         self._run = run
         self._scheduler = scheduler
-        self._publish = publish
-        self._died = died
-        self._is_stopped = False
-        self._has_work = threading.Condition()
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"engine-{name}-{index}", daemon=True)
-            for index in range(num_threads)
-        ]
+        self._threads = EngineThreads(
+            lambda: scheduler.next_batch() or None,
+            lambda batch: publish(self._finish(batch)),
+            died=died,
+            num_threads=num_threads,
+            name=name,
+        )
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        self._threads.start()
 
     def stop(self) -> None:
-        """Let running batches end and join the threads; what still waits is left to the caller."""
-        with self._has_work:
-            self._is_stopped = True
-            self._has_work.notify_all()
-        for thread in self._threads:
-            thread.join()
+        """See EngineThreads.stop."""
+        self._threads.stop()
 
     def admit(self, job: Job) -> None:
         """See Scheduler.admit."""
-        with self._has_work:
+        with self._threads.has_work:
             self._scheduler.admit(job)
 
     def widen(self, job: Job, num_more: int) -> None:
         """See Scheduler.widen."""
-        with self._has_work:
+        with self._threads.has_work:
             self._scheduler.widen(job, num_more)
 
     def add(self, sequences: Inputs[Sequence]) -> None:
-        with self._has_work:
+        with self._threads.has_work:
             self._scheduler.add(sequences)
-            self._has_work.notify()
+            self._threads.has_work.notify()
 
     def close(self, job: Job) -> None:
         """See Scheduler.close."""
-        with self._has_work:
+        with self._threads.has_work:
             self._scheduler.close(job)
 
     @property
     def num_waiting(self) -> int:
         return self._scheduler.num_waiting
-
-    def _serve(self) -> None:
-        try:
-            while batch := self._next_batch():
-                self._publish(self._finish(batch))
-        except BaseException as error:  # whatever it is, nobody may wait for a dead thread
-            _log.critical("an engine thread died", exc_info=error)
-            self._died(error)
-
-    def _next_batch(self) -> list[Sequence]:
-        """The next batch, waiting for one; empty when the loop is to end."""
-        with self._has_work:
-            while not self._is_stopped:
-                if batch := self._scheduler.next_batch():
-                    return batch
-                self._has_work.wait()
-        return []
 
     def _finish(self, batch: list[Sequence]) -> Finished:
         started = time.monotonic()

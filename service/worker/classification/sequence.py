@@ -3,24 +3,8 @@
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
-from service.domain import AttentionMap, Progress, Reduce
-
-FLOAT_BYTES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """Which attention weights of its run a job wants. The layers and heads are ones that the model has."""
-
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    reduce: Reduce
-
-    def num_bytes(self, num_tokens: int) -> int:
-        """What is told of `num_tokens` tokens."""
-        num_layers = 1 if self.reduce == "rollout" else len(self.layers)
-        num_heads = len(self.heads) if self.reduce == "none" else 1
-        return FLOAT_BYTES * num_layers * num_heads * num_tokens**2
+from service.domain import AttentionMap, Progress
+from service.worker.attention.views import View
 
 
 @dataclass(slots=True, eq=False)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from service.errors import BundleError, ConfigError
 from service.worker.bundle import Bundle, GraphSpec
-from service.worker.generation.kv_memory import BLOCK, KvMemory, read_shape
+from service.worker.generation.kv_memory import BLOCK, CROSS, KvMemory, read_shape
 from service.worker.session import Binding, Session
 
 __all__ = ["BLOCK", "DecoderEngine", "kv_bytes_per_token"]
@@ -26,8 +26,18 @@ Logits = NDArray[np.float32]
 
 
 def kv_bytes_per_token(bundle: Bundle) -> int:
-    """What one token of context takes in memory, whether it is in a slot or in a block. Raises BundleError."""
-    return read_shape(bundle.graph(GRAPH)).bytes_per_token
+    """What one token of context takes in memory, whether it is in a slot or in a block. Raises BundleError.
+
+    For a translation: one token of the source and one of its own.
+    """
+    kinds = ("", CROSS) if bundle.manifest.task == "translation" else ("",)
+    return sum(read_shape(bundle.graph(GRAPH), kind).bytes_per_token for kind in kinds)
+
+
+def check_provider(provider: str, *, fallback: bool) -> None:
+    """Raises ConfigError."""
+    if provider != "cpu" and not fallback:
+        raise ConfigError(f"provider is {provider!r}, generation runs on the cpu only", param="provider")
 
 
 def vocabulary_of(graph: GraphSpec) -> int:
@@ -90,8 +100,7 @@ class DecoderEngine:
         spin: bool = False,
     ) -> None:
         """`num_blocks` may be 0. Raises BundleError and ConfigError, for instance for a `provider` other than "cpu"."""
-        if provider != "cpu" and not fallback:
-            raise ConfigError(f"provider is {provider!r}, generation runs on the cpu only", param="provider")
+        check_provider(provider, fallback=fallback)
         spec = bundle.graph(GRAPH)
         shape = read_shape(spec)
         self.num_slots, self.num_blocks = num_slots, num_blocks
@@ -136,10 +145,10 @@ class DecoderEngine:
             self._check(slot, length, 1)
         return self._decode_step(len(ids)).run(ids, lengths)
 
-    def move(self, source: int, target: int, num_tokens: int) -> None:
-        """`target` then holds the first `num_tokens` tokens of `source`, and goes on with the same bits."""
+    def move(self, source: int, target: int, start: int, end: int) -> None:
+        """`target` then holds the tokens `start` to `end` of `source`; with those before, it goes on with its bits."""
         if source != target:
-            self._memory.move(source, target, num_tokens)
+            self._memory.move(source, target, start, end)
 
     def save(self, slot: int, start: int, block: int) -> None:
         """Keeps the BLOCK tokens of `slot` from `start` on in the pool's `block`."""

@@ -5,7 +5,6 @@ worker thread). A request that is left, in whatever way, is closed in `generate`
 """
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Several
@@ -24,12 +23,13 @@ from service.domain import (
 from service.errors import AttndError, DeadlineExceeded, EngineFailed, Overloaded, TooLarge, Unavailable
 from service.metrics import Metrics
 from service.worker.bundle import Bundle
+from service.worker.generation.attend import Attending
+from service.worker.generation.beam_search import check_beams
 from service.worker.generation.loop import Done, Engine, Events, GenerationLoop
-from service.worker.generation.output import Output
+from service.worker.generation.outputs import Outputs, num_places
 from service.worker.generation.prefix_cache import CHUNK
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
 from service.worker.generation.prompts import PromptReader, num_characters
-from service.worker.generation.sampling import Sampler
 from service.worker.generation.scheduler import Scheduler, slots_for
 from service.worker.generation.sequence import Job, Prompt, Sequence
 
@@ -57,19 +57,27 @@ class Generator:
         max_rows: int,
         max_waiting: int,
         num_blocks: int,
+        attending: Attending | None = None,
     ) -> None:
+        """`attending` None: the model's attention cannot be told."""
         manifest = bundle.manifest
         assert manifest.generation is not None
         self.info = ModelInfo(manifest.id, manifest.task, manifest.created, manifest.facts())
-        self._defaults = manifest.generation
-        self._vocab_size = vocab_size
-        self._tokenizer = PromptTokenizer(bundle.tokenizer_path)
-        self._prompts = PromptReader(bundle, self._tokenizer, vocab_size=vocab_size)
+        self.attending = attending
+        tokenizer = PromptTokenizer(bundle.tokenizer_path)
+        self._prompts = PromptReader(bundle, tokenizer, vocab_size=vocab_size)
+        self._outputs = Outputs(
+            tokenizer,
+            self._prompts,
+            end_ids=manifest.generation.end_ids,
+            temperature=manifest.generation.temperature,
+            vocab_size=vocab_size,
+        )
         self._metrics = metrics
         self._max_rows = max_rows
         self._max_waiting = max_waiting
         self._num_blocks = num_blocks
-        self._kv_capacity = slots_for(max_rows) * manifest.limits.max_tokens + num_blocks * CHUNK
+        self._kv_capacity = slots_for(max_rows) * self._prompts.max_length + num_blocks * CHUNK
         self._output_seconds = 0.0  # from slot to end lately, for Retry-After
         self._open: dict[Job, Reader] = {}
         self._failure: BaseException | None = None
@@ -94,14 +102,14 @@ class Generator:
         return self._failure is None
 
     async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
-        job = Job(request.num_outputs, call.progress)
+        job = Job(num_places(request), call.progress)
         self._admit(request, job, call)
         reader = self._open[job] = Reader()
         alarm = self._asyncio.call_later(call.deadline - time.monotonic(), self._expire, job)
-        num_missing = job.num_outputs
+        num_missing = request.num_outputs
         try:
             prompts = await self._read(request)
-            sequences = self._sequences(request, job, prompts)
+            sequences = self._outputs.sequences(request, job, prompts)
             call.progress.tokenized = time.monotonic()
             self._loop.add(sequences)
             event = await self._next(reader)
@@ -112,7 +120,7 @@ class Generator:
                 if not num_missing:
                     break
                 event = await self._next(reader)
-            yield End(_usage(request, prompts, sequences), call.progress.generate_timing(time.monotonic()))
+            yield End(_usage(prompts, sequences), call.progress.generate_timing(time.monotonic()))
         finally:
             alarm.cancel()
             self._close(job, is_abandoned=num_missing > 0)
@@ -125,15 +133,24 @@ class Generator:
         if self._failure is not None:
             raise Unavailable(f"the engine of {self.info.id} has failed", code="engine_dead")
         self._prompts.check(request)
-        if job.num_outputs > self._max_waiting:
-            message = f"{job.num_outputs} outputs in one request, the limit is {self._max_waiting}"
-            raise TooLarge(message, param="n", code="too_many_outputs")
+        check_beams(request, self._max_rows)
+        if job.num_places > self._max_waiting:
+            raise self._too_many(request, job)
         try:
             self._loop.admit(job)
         except Overloaded as error:
             error.retry_after_s = self._seconds_of_work()
             raise
         job.progress.admitted = time.monotonic()
+
+    def _too_many(self, request: GenerateRequest, job: Job) -> TooLarge:
+        param = "num_beams" if request.num_beams > 1 else "n" if request.n > 1 else "prompt"
+        times = "" if param == "prompt" else f", {param}: {getattr(request, param)}"
+        message = (
+            f"{job.num_places} outputs or beams in one request (prompts or sentences: "
+            f"{request.num_outputs // request.n}{times}), the limit is {self._max_waiting}"
+        )
+        return TooLarge(message, param=param, code="too_many_outputs")
 
     def _seconds_of_work(self) -> float:
         """How long what waits now will wait for a slot, between 0.1 and 30 seconds."""
@@ -144,42 +161,6 @@ class Generator:
         if num_characters(request) < LONG_TEXT:
             return self._prompts.read(request)
         return await asyncio.to_thread(self._prompts.read, request)
-
-    def _sequences(self, request: GenerateRequest, job: Job, prompts: Several[Prompt]) -> list[Sequence]:
-        """One for each output. With a seed, an output depends on its prompt and its place among those of the prompt."""
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        return [
-            Sequence(
-                job,
-                index=prompt.index * request.n + place,
-                prompt=prompt,
-                output=self._output(request, prompt, prompt.index * request.n + place, seed + place),
-                is_echoed=request.echo and place == 0,
-            )
-            for prompt in prompts
-            for place in range(request.n)
-        ]
-
-    def _output(self, request: GenerateRequest, prompt: Prompt, index: int, seed: int) -> Output:
-        end_ids = () if request.ignore_eos else self._defaults.end_ids
-        temperature = self._defaults.temperature if request.temperature is None else request.temperature
-        sampler = Sampler(
-            request,
-            temperature=temperature,
-            seed=seed,
-            prompt_ids=prompt.ids,
-            end_ids=end_ids,
-            vocab_size=self._vocab_size,
-        )
-        return Output(
-            index,
-            request,
-            sampler=sampler,
-            detokenizer=self._tokenizer.detokenizer(),
-            names=self._tokenizer,
-            end_ids=end_ids,
-            max_tokens=self._prompts.room(request, prompt),
-        )
 
     async def _next(self, reader: Reader) -> Event:
         event = await reader.events.get()
@@ -220,19 +201,14 @@ class Generator:
         for job, event in events:
             if (reader := self._open.get(job)) is not None:
                 reader.events.put_nowait(event)
-            if isinstance(event, Finish):
-                self._learn(job)
 
     def _publish(self, done: Done) -> None:
         self._tell(done.events)
         for sequence in done.failed:
             self._fail(sequence.job, EngineFailed(f"the engine failed on output {sequence.index}"))
-        self._count(done)
-
-    def _learn(self, job: Job) -> None:
-        if job.progress.started is not None:
-            seconds = time.monotonic() - job.progress.started
+        for seconds in done.slot_seconds:
             self._output_seconds = 0.9 * self._output_seconds + 0.1 * seconds if self._output_seconds else seconds
+        self._count(done)
 
     def _count(self, done: Done) -> None:
         metrics, name, step = self._metrics, self.info.id, done.step
@@ -267,12 +243,15 @@ class Generator:
                 one.cancel()
         for job in list(self._open):
             self._fail(job, Unavailable("the server is stopping", code="draining"))
+        if self.attending is not None:
+            await self.attending.aclose(timeout_s)
         await asyncio.to_thread(self._loop.stop)
 
 
-def _usage(request: GenerateRequest, prompts: Several[Prompt], sequences: Several[Sequence]) -> GenerateUsage:
+def _usage(prompts: Several[Prompt], sequences: Several[Sequence]) -> GenerateUsage:
+    """A prompt counts once, however many outputs it has: those of its first."""
     return GenerateUsage(
         prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
         completion_tokens=sum(one.output.num_tokens for one in sequences),
-        cached_tokens=sum(one.num_cached for one in sequences[:: request.n]),
+        cached_tokens=sum(one.num_cached for one in sequences[:: len(sequences) // len(prompts)]),
     )

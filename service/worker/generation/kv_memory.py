@@ -16,6 +16,7 @@ from service.worker.bundle import GraphSpec
 
 BLOCK = 64  # tokens in a block of the pool, and in a piece of prefill
 PARTS = ("key", "value")
+CROSS = "cross_"  # begins the names of those that a translation's source leaves behind
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,16 @@ class KvShape:
         return [f"{part}.{layer}" for layer in range(self.num_layers) for part in PARTS]
 
 
-def read_shape(graph: GraphSpec) -> KvShape:
-    """The shape that a graph's past_* inputs have. Raises BundleError if there are none, or not all alike."""
-    axes = {tensor.name: tensor.axes for tensor in graph.inputs if tensor.name.startswith("past_")}
+def read_shape(graph: GraphSpec, kind: str = "") -> KvShape:
+    """The shape that a graph's past_* inputs of a `kind` have. Raises BundleError if none or not all alike."""
+    prefixes = tuple(f"past_{kind}{part}." for part in PARTS)
+    axes = {tensor.name: tensor.axes for tensor in graph.inputs if tensor.name.startswith(prefixes)}
     num_heads, width = next((found[1::2] for found in axes.values() if len(found) == 4), (None, None))
     if not isinstance(num_heads, int) or not isinstance(width, int) or len(set(axes.values())) != 1:
-        raise BundleError(f"{graph.file} has no past_* inputs of one shape (B, heads, S, width), but {axes}")
+        raise BundleError(f"{graph.file} has no inputs {prefixes[0]}* of one shape (B, heads, S, width), but {axes}")
     shape = KvShape(len(axes) // len(PARTS), num_heads, width)
-    if {f"past_{name}" for name in shape.names} != axes.keys():
-        raise BundleError(f"{graph.file} must have past_key.i and past_value.i of every layer, but has {list(axes)}")
+    if {f"past_{kind}{name}" for name in shape.names} != axes.keys():
+        raise BundleError(f"{graph.file} must have {prefixes[0]}i and {prefixes[1]}i of every layer, not {list(axes)}")
     return shape
 
 
@@ -57,8 +59,8 @@ class KvMemory:
         self.slots = reserve((parts, num_slots, shape.num_heads, max_tokens, shape.width))
         self._blocks = reserve((num_blocks, parts, shape.num_heads, BLOCK, shape.width))
 
-    def move(self, source: int, target: int, num_tokens: int) -> None:
-        self.slots[:, target, :, :num_tokens] = self.slots[:, source, :, :num_tokens]
+    def move(self, source: int, target: int, start: int, end: int) -> None:
+        self.slots[:, target, :, start:end] = self.slots[:, source, :, start:end]
 
     def save(self, slot: int, start: int, block: int) -> None:
         self._blocks[block] = self.slots[:, slot, :, start : start + BLOCK]

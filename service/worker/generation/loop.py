@@ -1,14 +1,13 @@
-"""The engine thread of one generation model: takes steps from the scheduler and executes them.
+"""The engine loop of one generation model: in a thread, steps from the scheduler are executed.
 
 The asyncio thread adds work and gets a step's events back: those of prompts through `tell` as soon as they are read,
 for a first token need not wait until the rows are done, all others through `publish`. The lock around the scheduler is
-all they share. The thread never waits for the event loop: after a step it takes the next one at once.
+all they share.
 """
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.domain import Event
+from service.worker.engine_threads import EngineThreads
 from service.worker.generation.prefix_cache import CHUNK
 from service.worker.generation.scheduler import Scheduler
 from service.worker.generation.sequence import Job, Sequence
@@ -35,7 +35,7 @@ class Engine(Protocol):
 
     def decode(self, ids: Several[int], lengths: Several[int]) -> Logits: ...
 
-    def move(self, source: int, target: int, num_tokens: int) -> None: ...
+    def move(self, source: int, target: int, start: int, end: int) -> None: ...
 
     def save(self, slot: int, start: int, block: int) -> None: ...
 
@@ -46,13 +46,14 @@ class Engine(Protocol):
 class Done:
     """What a step gave: the `events` not told before, in order, and the outputs that `failed`.
 
-    `begun` is a `time.monotonic()` instant.
+    `begun` is a `time.monotonic()` instant; `slot_seconds`: how long each output that ended had had its slot.
     """
 
     step: Step
     begun: float
     events: Events = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
+    slot_seconds: list[float] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -74,37 +75,32 @@ class GenerationLoop:
         self._engine = engine
         self._scheduler = scheduler
         self._tell = tell
-        self._publish = publish
-        self._died = died
-        self._is_stopped = False
-        self._has_work = threading.Condition()
-        self._thread = threading.Thread(target=self._serve, name=f"engine-{name}", daemon=True)
+        self._threads = EngineThreads(
+            self._next_step, lambda step: publish(self._execute(step)), died=died, num_threads=1, name=name
+        )
 
     # --- from the asyncio thread
 
     def start(self) -> None:
-        self._thread.start()
+        self._threads.start()
 
     def stop(self) -> None:
-        """Let the running step end and join the thread; what is still open is left to the caller."""
-        with self._has_work:
-            self._is_stopped = True
-            self._has_work.notify()
-        self._thread.join()
+        """See EngineThreads.stop."""
+        self._threads.stop()
 
     def admit(self, job: Job) -> None:
         """See Scheduler.admit."""
-        with self._has_work:
+        with self._threads.has_work:
             self._scheduler.admit(job)
 
     def add(self, sequences: Several[Sequence]) -> None:
-        with self._has_work:
+        with self._threads.has_work:
             self._scheduler.add(sequences)
-            self._has_work.notify()
+            self._threads.has_work.notify()
 
     def close(self, job: Job) -> None:
         """See Scheduler.close."""
-        with self._has_work:
+        with self._threads.has_work:
             self._scheduler.close(job)
 
     @property
@@ -117,36 +113,24 @@ class GenerationLoop:
 
     @property
     def num_kept_tokens(self) -> int:
-        with self._has_work:
+        with self._threads.has_work:
             return self._scheduler.num_kept_tokens
 
     # --- the engine thread
 
-    def _serve(self) -> None:
-        try:
-            while step := self._next_step():
-                self._publish(self._execute(step))
-        except BaseException as error:  # whatever it is, nobody may wait for a dead thread
-            _log.critical("the engine thread died", exc_info=error)
-            self._died(error)
-
     def _next_step(self) -> Step | None:
-        """The next step, waiting for one; None when the loop is to end."""
-        with self._has_work:
-            while not self._is_stopped:
-                if not (step := self._scheduler.next_step()).is_empty:
-                    return step
-                self._has_work.wait()
-        return None
+        step = self._scheduler.next_step()
+        return None if step.is_empty else step
 
     def _execute(self, step: Step) -> Done:
         begun = time.monotonic()
         done = Done(step, begun)
         for sequence in step.started:
+            sequence.started = begun
             if sequence.job.progress.started is None:
                 sequence.job.progress.started = begun
         for move in step.moves:
-            self._engine.move(move.source, move.target, move.num_tokens)
+            self._engine.move(move.source, move.target, move.start, move.end)
         for restore in step.restores:
             self._engine.restore(restore.block, restore.slot, restore.start)
         for chunk in step.chunks:
@@ -172,15 +156,16 @@ class GenerationLoop:
         except Exception as error:
             self._fail((sequence, *chunk.forks), error, done)
             return
-        with self._has_work:
+        with self._threads.has_work:
             block = self._scheduler.computed(chunk)
         if block is not None:
             self._engine.save(sequence.slot, chunk.end - CHUNK, block)
         if chunk.is_last:
             for fork in chunk.forks:
-                self._engine.move(sequence.slot, fork.slot, chunk.end)
+                self._engine.move(sequence.slot, fork.slot, 0, chunk.end)
             for complete in (sequence, *chunk.forks):
-                self._write(complete, logits[-1], done)
+                if not complete.is_follower:
+                    self._write(complete, [logits[-1]], done)
 
     def _echo(self, chunk: Chunk, logits: Logits, done: Done) -> None:
         sequence = chunk.sequence
@@ -191,15 +176,13 @@ class GenerationLoop:
     def _decode(self, step: Step, done: Done) -> None:
         ids = [row.last_id for row in step.rows]
         try:
-            rows: Iterable[Logits | None] = self._engine.decode(ids, step.lengths)
+            logits: Several[Logits | None] | Logits = self._engine.decode(ids, step.lengths)
         except Exception as error:
             _log.error("the engine failed on a step of %d rows; each is tried alone", len(ids), exc_info=error)
-            rows = [self._alone(row, length) for row, length in zip(step.rows, step.lengths, strict=True)]
-        for row, logits in zip(step.rows, rows, strict=True):
-            if logits is None:
-                self._fail((row,), None, done)
-            else:
-                self._write(row, logits, done)
+            logits = [self._alone(row, length) for row, length in zip(step.rows, step.lengths, strict=True)]
+        for row in step.rows:
+            if not row.is_follower:
+                self._write(row, [logits[one.slot] for one in row.rows], done)
 
     def _alone(self, row: Sequence, length: int) -> Logits | None:
         """The same step for one row: it stays in its slot, and one token is prefilled there."""
@@ -210,20 +193,27 @@ class GenerationLoop:
             _log.error("the engine failed on one row, too", exc_info=error)
             return None
 
-    def _write(self, sequence: Sequence, logits: Logits, done: Done) -> None:
-        """One more token of an output, and what follows from it."""
+    def _write(self, sequence: Sequence, logits: Several[Logits | None], done: Done) -> None:
+        """One more token of an output or of all beams of a search, and what follows from it. None: the row failed."""
+        rows = [row for row in logits if row is not None]
+        if len(rows) < len(logits):
+            self._fail((sequence,), None, done)
+            return
         try:
-            done.events += [(sequence.job, event) for event in sequence.output.write(logits)]
+            done.events += [(sequence.job, event) for event in sequence.output.write(rows)]
         except Exception as error:
             self._fail((sequence,), error, done)
             return
         progress, now = sequence.job.progress, time.monotonic()
-        if progress.first_token is None:
+        if progress.first_token is None and sequence.output.num_tokens:  # a search has none until it is over
             progress.first_token = now
-        sequence.last_id = sequence.output.last_id
+        for row, (parent, token) in zip(sequence.rows, sequence.output.continuations, strict=True):
+            row.last_id = token
+            row.parent = None if sequence.rows[parent] is row else sequence.rows[parent]
         if sequence.output.is_finished:
             self._scheduler.finish(sequence)
-            sequence.job.num_unfinished -= 1
+            done.slot_seconds.append(now - sequence.started)
+            sequence.job.num_unfinished -= len(sequence.rows)
             if sequence.job.num_unfinished == 0:
                 progress.finished = now
 

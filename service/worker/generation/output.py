@@ -14,6 +14,7 @@ from service.worker.generation.detokenizer import Detokenizer, StopStrings
 from service.worker.generation.sampling import Sampler, logprobs
 
 Logits = NDArray[np.float32]
+Continuation = tuple[int, int]  # the row that is continued, and with which token
 
 
 class NamesTokens(Protocol):
@@ -50,8 +51,8 @@ class Output:
         self._end_ids = frozenset(end_ids)
         self._echoed: list[TokenLogprob] = []
         self.num_tokens = 0  # written, the one that ended it included
-        self.last_id = -1
         self.is_finished = False
+        self._last_id = -1
 
     def read(self, ids: Sequence[int], start: int, logits: Logits) -> None:
         """For echo: (len(logits), vocabulary), the logits of a prompt's tokens `ids` from `start` on."""
@@ -65,23 +66,36 @@ class Output:
         tokens, self._echoed = tuple(self._echoed), []
         return PromptTokens(prompt, tokens)
 
-    def write(self, logits: Logits) -> Iterator[Event]:
-        """One more token, from (vocabulary,). Raises EngineFailed if they are not finite."""
+    @property
+    def continuations(self) -> list[Continuation]:
+        """The row that its row goes on from, which is itself, and the token that is read next."""
+        return [(0, self._last_id)]
+
+    def write(self, rows: Sequence[Logits]) -> Iterator[Event]:
+        """One more token, from its one row of (vocabulary,). Raises EngineFailed if they are not finite."""
+        (logits,) = rows
         token = self._sampler.sample(logits)
+        yield from self.say(token, self.logprob(logits, token))
+
+    def say(self, token: int, logprob: TokenLogprob | None) -> Iterator[Event]:
+        """One more token, whoever chose it."""
         self.num_tokens += 1
-        self.last_id = token
+        self._last_id = token
         if token in self._stop_ids:
             yield self._end("stop", token)
         elif token in self._end_ids:
             yield self._end("stop")
         else:
-            yield from self._say(token, logits)
+            yield from self._show(token, logprob)
 
-    def _say(self, token: int, logits: Logits) -> Iterator[Event]:
+    def logprob(self, logits: Logits, token: int) -> TokenLogprob | None:
+        """What the request wants to know of a token, from (vocabulary,)."""
+        return None if self._num_top is None else self._logprob(logits, token)
+
+    def _show(self, token: int, logprob: TokenLogprob | None) -> Iterator[Event]:
         text, stop = self._detokenizer.add(token), None
         if self.num_tokens >= self._min_tokens:
             text, stop = self._stops.feed(text)
-        logprob = None if self._num_top is None else self._logprob(logits, token)
         yield Token(self._index, token, text, logprob)
         if stop is not None:
             self.is_finished = True

@@ -2,7 +2,7 @@
 
 In a prompt, the text of a special token is that token: whoever sends a prompt writes all of it. In a chat, only the
 template writes special tokens: in what a turn says they are plain text, or a user's "<|im_end|>" could end the turn and
-begin another in anyone's name.
+begin another in anyone's name. In a text to translate they are plain text, too.
 """
 
 import json
@@ -37,6 +37,11 @@ class PromptTokenizer:
     def encode(self, text: str) -> list[int]:
         """A prompt, with what the tokenizer puts before or after every text (Llama: the begin token)."""
         ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """As `encode`, but the names of special tokens in `text` are text."""
+        ids: list[int] = self._plain.encode(text).ids
         return ids
 
     def encode_chat(self, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
@@ -82,11 +87,11 @@ class PromptTokenizer:
         parts: list[list[int]] = []
         end = 0
         for found in self._names_special.finditer(text):
-            parts += [self._encode_plain(text[end : found.start()]), [self._ids[found[0]]]]
+            parts += [self._encode_said(text[end : found.start()]), [self._ids[found[0]]]]
             end = found.end()
-        return [*parts, self._encode_plain(text[end:])]
+        return [*parts, self._encode_said(text[end:])]
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_said(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text.replace(SEAM, ""), add_special_tokens=False).ids
         return ids
 

@@ -28,6 +28,7 @@ class PromptReader:
         self._id = bundle.manifest.id
         self._bos_id = generation.bos_id
         self._max_tokens = bundle.manifest.limits.max_tokens
+        self._are_sources = bundle.manifest.task == "translation"
         self._vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._template = _chat_template(bundle, tokenizer)
@@ -37,9 +38,6 @@ class PromptReader:
         if request.messages is not None and self._template is None:
             message = f"model {self._id!r} has no chat template; send prompt instead of messages"
             raise Unsupported(message, param="messages", code="no_chat_template")
-        if request.num_beams > 1:
-            message = f"num_beams is {request.num_beams}, model {self._id!r} writes with 1"
-            raise Unsupported(message, param="num_beams", code="no_beams")
         check_token_ids(request, self._vocab_size)
 
     def read(self, request: GenerateRequest) -> list[Prompt]:
@@ -49,9 +47,14 @@ class PromptReader:
             return [self._fitting(0, self._tokenizer.encode_chat(self._template, request.messages), "messages")]
         return [self._prompt(index, prompt) for index, prompt in enumerate(request.prompt or ())]
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of a prompt and what is written behind it. A source and its translation have a limit each."""
+        return 2 * self._max_tokens if self._are_sources else self._max_tokens
+
     def room(self, request: GenerateRequest, prompt: Prompt) -> int:
         """How many tokens may be written behind `prompt`: what is asked for, cut to what fits. Raises TooLarge."""
-        room = self._max_tokens - len(prompt.ids)
+        room = min(self._max_tokens, self.max_length - len(prompt.ids))
         if request.min_tokens > room:
             message = (
                 f"min_tokens is {request.min_tokens}, the {len(prompt.ids)} tokens of prompt leave room for {room}"
@@ -62,19 +65,21 @@ class PromptReader:
     def _prompt(self, index: int, prompt: str | tuple[int, ...]) -> Prompt:
         param = f"prompt.{index}"
         if isinstance(prompt, str):
-            return self._fitting(index, self._tokenizer.encode(prompt), param)
+            encode = self._tokenizer.encode_plain if self._are_sources else self._tokenizer.encode
+            return self._fitting(index, encode(prompt), param)
         check_ids(prompt, self._vocab_size, param)
         return self._fitting(index, prompt, param)
 
     def _fitting(self, index: int, ids: Sequence[int], param: str) -> Prompt:
         if not ids:
-            if self._bos_id is None:
+            if self._bos_id is None or self._are_sources:
                 raise InvalidRequest(f"{param} has no tokens, at least one is needed", param=param)
             ids = (self._bos_id,)
-        if len(ids) >= self._max_tokens:
-            message = f"{param} has {len(ids)} tokens; with at least one to write, the limit is {self._max_tokens}"
+        if len(ids) + (not self._are_sources) > self._max_tokens:
+            beside = "" if self._are_sources else "; with at least one to write"
+            message = f"{param} has {len(ids)} tokens{beside}, the limit is {self._max_tokens}"
             raise TooLarge(message, param=param, code="context_length_exceeded")
-        return Prompt(index, ids)
+        return Prompt(index, ids, is_whole=self._are_sources)
 
 
 def _chat_template(bundle: Bundle, tokenizer: PromptTokenizer) -> ChatTemplate | None:

@@ -1,6 +1,6 @@
 """What the engine does next. Policy only: no arrays, no sockets, no threads, no clock.
 
-Slots 0 to B-1 hold the B outputs that are being written, one row of a decode step each; prompts are read in slots above
+Slots 0 to B-1 hold the B rows of a decode step, an output each or a beam of a search; prompts are read in slots above
 those. Every step continues every row by a token, and reads a bounded piece of the waiting prompts, so that a long one
 stalls nobody. A prompt that is complete joins the rows at the next step; what has ended or whose caller has gone leaves
 before it, and its hole is filled. Prompts are cut at every multiple of CHUNK from their own start, and between those
@@ -9,6 +9,11 @@ bits as the whole (tests and model.verify_decoder compare them), so that a promp
 
 Whose piece is read: in turn that of the shortest prompt and that of the one with the lowest rank, so that short ones
 are soon done and long ones too. A request's n-th output ranks like the first of a request that came n requests later.
+
+The beams of a search start together. While there is no room for all of them nobody that ranks behind them starts, so
+that a wide search does not starve under narrow requests. The price: up to that moment the rows that are free stay free,
+one fewer than it has beams at most, and whoever came later waits, too. Behind a search as wide as `max_rows` that is as
+long as the longest output under way. Letting some pass first would only put the same wait off.
 """
 
 from bisect import insort
@@ -45,7 +50,7 @@ def slots_for(max_rows: int) -> int:
 
 
 class Scheduler:
-    """At most `max_rows` outputs hold a slot; `max_waiting` bounds admitted outputs that do not yet."""
+    """At most `max_rows` outputs or beams hold a slot; `max_waiting` bounds those admitted that do not yet."""
 
     def __init__(self, *, max_rows: int, max_waiting: int, num_blocks: int) -> None:
         self._max_rows = max_rows
@@ -66,25 +71,25 @@ class Scheduler:
 
     @property
     def num_kept_tokens(self) -> int:
-        """Tokens whose K/V are in use: those of outputs that hold a slot, and those of the prefix cache."""
+        """Tokens whose K/V are in use: those of rows that hold a slot, and those of the prefix cache."""
         in_slots = sum(one.num_computed for one in (*self._rows, *self._prefilling))
         return in_slots + CHUNK * self._cache.num_used
 
     # --- from the asyncio thread
 
     def admit(self, job: Job) -> None:
-        """Take a place for each output of `job`, before any work is done for it. Raises Overloaded."""
-        if self.num_waiting + job.num_outputs > self._max_waiting:
+        """Take the places that `job` needs, before any work is done for it. Raises Overloaded."""
+        if self.num_waiting + job.num_places > self._max_waiting:
             message = (
-                f"the queue is full: {self.num_waiting} outputs wait, {job.num_outputs} more do not fit "
+                f"the queue is full: {self.num_waiting} outputs wait, {job.num_places} more do not fit "
                 f"under the limit of {self._max_waiting}"
             )
             raise Overloaded(message)
-        job.num_waiting = job.num_outputs
-        self.num_waiting += job.num_outputs
+        job.num_waiting = job.num_places
+        self.num_waiting += job.num_places
 
     def add(self, sequences: Several[Sequence]) -> None:
-        """Queue the outputs of one admitted job."""
+        """Queue the outputs of one admitted job; of a search the beam that leads."""
         for offset, sequence in enumerate(sequences):
             sequence.rank = (self._num_jobs + offset, self._num_added)
             sequence.num_known = len(self._cache.find(sequence.reusable))
@@ -104,6 +109,7 @@ class Scheduler:
 
     def next_step(self) -> Step:
         step = Step()
+        self._inherit(step)
         self._drop_unfinished_prompts(step)
         self._settle_rows(step)
         step.rows = list(self._rows)
@@ -116,17 +122,24 @@ class Scheduler:
     def computed(self, chunk: Chunk) -> int | None:
         """`chunk` is in its slot. Returns the block of the pool for the CHUNK tokens that it completes, if any."""
         sequence = chunk.sequence
-        if sequence.block is None or chunk.end % CHUNK:
+        if sequence.block is None or sequence.prompt.is_whole or chunk.end % CHUNK:
             return None
         block, is_new = self._cache.insert(sequence.block, sequence.prompt.chunks[chunk.end // CHUNK - 1])
         self._stand_on(sequence, block)
         return block.index if block is not None and is_new else None
 
     def finish(self, sequence: Sequence) -> None:
-        """`sequence` is complete or has failed; it leaves before the next step."""
-        sequence.is_finished = True
+        """`sequence` is complete or has failed; it leaves before the next step, and its followers do."""
+        for row in sequence.rows:
+            row.is_finished = True
 
     # --- leaving and joining
+
+    def _inherit(self, step: Step) -> None:
+        """Beams take over what their parent, which stays where it is, has behind the prompt."""
+        for row in self._rows:
+            if row.parent is not None and not row.has_left:
+                step.moves.append(Move(row.parent.slot, row.slot, len(row.prompt.ids), row.num_computed))
 
     def _drop_unfinished_prompts(self, step: Step) -> None:
         for sequence in [one for one in self._prefilling if one.has_left]:
@@ -181,10 +194,9 @@ class Scheduler:
                 passed_over.add(sequence)
                 continue
             start, end = sequence.next_chunk
-            end, cost = piece(start, end, budget)
+            end, cost = piece(start, end, max(budget, end) if sequence.prompt.is_whole else budget)
             if sequence.slot < 0:
                 self._start(sequence, step)
-                self._restore(sequence, step)
             sequence.num_computed = end
             forks = self._fork(sequence, step) if sequence.is_prefilled else ()
             step.chunks.append(Chunk(sequence, start, end, forks))
@@ -197,11 +209,20 @@ class Scheduler:
 
     def _pick(self, passed_over: Collection[Sequence]) -> Sequence | None:
         """The prompt to read a piece of: of those that have a slot and, while places are free, of those that wait."""
-        candidates = [one for one in self._prefilling if not one.is_prefilled]
-        if self._num_places > 0:
-            candidates += [one for one in self._waiting if one not in passed_over]
+        candidates = [one for one in self._prefilling if one.is_reading]
+        candidates += [one for one in self._startable() if one not in passed_over]
         by = _rank if self._num_chunks % 2 else _shortest
         return min(candidates, key=by, default=None)
+
+    def _startable(self) -> list[Sequence]:
+        """Those that wait and have room, up to the first that has none; what a search needs is left to it."""
+        room, startable = self._num_places, []
+        for one in self._waiting:
+            if len(one.rows) > room:
+                break
+            startable.append(one)
+            room -= len(one.rows) if one.followers else 0
+        return startable
 
     def _is_coming(self, sequence: Sequence) -> bool:
         """Whether the next chunk it needs is the next that another prompt is computing: then it waits for that."""
@@ -216,12 +237,17 @@ class Scheduler:
         )
 
     def _start(self, sequence: Sequence, step: Step) -> None:
+        self._take_slots(sequence, step)
+        self._restore(sequence, step)
+
+    def _take_slots(self, sequence: Sequence, step: Step) -> None:
         self._waiting.remove(sequence)
-        sequence.job.num_waiting -= 1
-        self.num_waiting -= 1
-        sequence.slot = self._free_slot(len(self._rows))
-        self._prefilling.append(sequence)
-        step.started.append(sequence)
+        for row in sequence.rows:
+            row.job.num_waiting -= 1
+            self.num_waiting -= 1
+            row.slot = self._free_slot(len(self._rows))
+            self._prefilling.append(row)
+            step.started.append(row)
 
     def _restore(self, sequence: Sequence, step: Step) -> None:
         """Nothing is evicted between plan and execution: only computed chunks need room, and they come later."""
@@ -232,13 +258,20 @@ class Scheduler:
         self._stand_on(sequence, blocks[-1] if blocks else self._first_block)
 
     def _fork(self, sequence: Sequence, step: Step) -> tuple[Sequence, ...]:
-        """Other outputs of the prompt that is being completed, as far as it would be their turn to start."""
-        next_ones = self._waiting[: max(0, self._num_places)]
-        forks = tuple(one for one in next_ones if one.prompt is sequence.prompt)
+        """The other beams or outputs of the prompt that is being completed, these as far as it is their turn."""
+        forks = sequence.followers or self._siblings(sequence, step)
         for fork in forks:
-            self._start(fork, step)
             fork.num_computed = sequence.num_computed
         return forks
+
+    def _siblings(self, sequence: Sequence, step: Step) -> tuple[Sequence, ...]:
+        """Waiting outputs of the same prompt whose turn it is: they start."""
+        started = []
+        for one in self._waiting[: self._num_places]:
+            if one.prompt is sequence.prompt and one in self._startable():
+                self._take_slots(one, step)
+                started.append(one)
+        return tuple(started)
 
     def _stand_on(self, sequence: Sequence, block: Block | None) -> None:
         """Hold the block behind which the next chunk of `sequence` is to be inserted, let go of the one before."""
@@ -259,5 +292,6 @@ def _shortest(sequence: Sequence) -> tuple[int, tuple[int, int]]:
 
 def _move(sequence: Sequence, slot: int, step: Step) -> None:
     if sequence.slot != slot:
-        step.moves.append(Move(sequence.slot, slot, sequence.num_computed))
+        if sequence.num_computed:
+            step.moves.append(Move(sequence.slot, slot, 0, sequence.num_computed))
         sequence.slot = slot

@@ -1,69 +1,91 @@
-"""The state of one output on its way through the engine, and of the request it belongs to."""
+"""The state of one output, or of a beam of it, on its way through the engine, and of the request it belongs to."""
 
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING
 
 from service.domain import Progress
 from service.worker.generation.prefix_cache import CHUNK, Block, Tokens, whole_chunks
 
 if TYPE_CHECKING:
+    from service.worker.generation.beam_search import BeamOutput
     from service.worker.generation.output import Output
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request's outputs.
+    """One request's outputs. `num_places`: the rows that they take, one each or one a beam.
 
     `is_closed` is set once nobody waits for the job any more (answered, failed, cancelled, expired): what is left of it
     leaves before the next step. `closed_at` is then a `time.monotonic()` instant, if its end should be timed.
     """
 
-    num_outputs: int
+    num_places: int
     progress: Progress
-    num_unfinished: int = field(init=False)
-    num_waiting: int = 0  # outputs admitted that have no slot yet
+    num_unfinished: int = field(init=False)  # of the places
+    num_waiting: int = 0  # places admitted that have no slot yet
     is_closed: bool = False
     closed_at: float | None = None
 
     def __post_init__(self) -> None:
-        self.num_unfinished = self.num_outputs
+        self.num_unfinished = self.num_places
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """The tokens that one or several outputs continue; `index` is its place in the request."""
+    """The tokens that one or several outputs continue; `index` is its place in the request.
+
+    One that `is_whole` is read in one piece and never cached: an encoder sees all of its source at once.
+    """
 
     index: int
     ids: Ids[int]
+    is_whole: bool = False
     chunks: tuple[Tokens, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chunks", whole_chunks(self.ids))
+        object.__setattr__(self, "chunks", () if self.is_whole else whole_chunks(self.ids))
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One output: its prompt, and how much of prompt and output the engine has in the K/V of its slot.
+    """One row: its prompt, and how much of prompt and output the engine has in the K/V of its slot.
 
     It is waiting without a slot, then prefilling until all of the prompt is computed, then decoding: `last_id` is the
     token that the next step reads. Of an echoed prompt every logit is wanted, so that nothing of it may come from the
     prefix cache. `output` makes text of the logits, which is no concern of the policy.
+
+    The rows of a search with `num_beams` are one that leads and its `followers`: they get their slots together, the
+    first reads the prompt for all, and they end together. `parent` is the row that one goes on from, if not itself.
     """
 
     job: Job
     index: int  # of the output in the request
     prompt: Prompt
-    output: "Output"
+    output: "Output | BeamOutput"
     is_echoed: bool = False
+    num_beams: InitVar[int] = 1
+    followers: "tuple[Sequence, ...]" = field(init=False, default=())
+    is_follower: bool = False
     rank: tuple[int, int] = (0, 0)  # the lower, the sooner; unique
+    started: float = 0.0  # when it got its slot, a `time.monotonic()` instant
     slot: int = -1
     num_computed: int = 0
     num_known: int = 0  # chunks that the prefix cache had when it was last asked
     num_cached: int = 0  # tokens that came from there
     block: Block | None = None  # where in the prefix cache the computed chunks end; None: they are not all there
     last_id: int = -1
+    parent: "Sequence | None" = None
     is_finished: bool = False
+
+    def __post_init__(self, num_beams: int) -> None:
+        self.followers = tuple(
+            Sequence(self.job, self.index, self.prompt, self.output, is_follower=True) for _ in range(num_beams - 1)
+        )
+
+    @property
+    def rows(self) -> "tuple[Sequence, ...]":
+        return (self, *self.followers)
 
     @property
     def reusable(self) -> tuple[Tokens, ...]:
@@ -72,9 +94,9 @@ class Sequence:
 
     @property
     def next_chunk(self) -> tuple[int, int]:
-        """What to compute next of the prompt, up to the end of a chunk, as (start, end)."""
-        start = max(self.num_computed, self.num_known * CHUNK)
-        return start, min((start // CHUNK + 1) * CHUNK, len(self.prompt.ids))
+        """What to compute next of the prompt, up to the end of a chunk if it may be cut, as (start, end)."""
+        start, end = max(self.num_computed, self.num_known * CHUNK), len(self.prompt.ids)
+        return start, end if self.prompt.is_whole else min((start // CHUNK + 1) * CHUNK, end)
 
     @property
     def num_missing(self) -> int:
@@ -84,6 +106,10 @@ class Sequence:
     @property
     def is_prefilled(self) -> bool:
         return self.num_computed >= len(self.prompt.ids)
+
+    @property
+    def is_reading(self) -> bool:
+        return not (self.is_prefilled or self.is_follower)
 
     @property
     def has_left(self) -> bool:

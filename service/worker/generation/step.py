@@ -7,11 +7,12 @@ from service.worker.generation.sequence import Job, Sequence
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Copy the K/V of `num_tokens` tokens from one slot to another."""
+    """Copy the K/V of tokens `start` to `end` from one slot to another."""
 
     source: int
     target: int
-    num_tokens: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class Restore:
 class Chunk:
     """Compute tokens `start` to `end` of a sequence's prompt.
 
-    `forks` are other outputs of this prompt, which this chunk completes: they get copies of its K/V and its logits.
+    `forks` are other outputs or beams of this prompt, which this chunk completes: they get copies of its K/V, and
+    outputs get its logits.
     """
 
     sequence: Sequence
@@ -44,8 +46,9 @@ class Chunk:
 class Step:
     """What to do now, in the order of the fields.
 
-    `rows` are the outputs to write a token of, row i in slot i, whose token goes to position `lengths[i]`. `started`
-    are the outputs that got a slot, `released` the jobs of those that lost one because nobody waits for them any more.
+    `rows` are the outputs and beams to write a token of, row i in slot i, whose token goes to position `lengths[i]`.
+    `started` are those that got a slot, `released` the jobs of those that lost one because nobody waits for them any
+    more.
     """
 
     moves: list[Move] = field(default_factory=list)

@@ -32,17 +32,13 @@ export function shrink(values, rows, columns, most) {
   return {values: small, rows: height, columns: width};
 }
 
-// The tokens along a map's sides. A decoder's are its prompt, what it wrote, or both.
-export function axes({kind, rows, columns}, {tokens, target_tokens: target}) {
-  const all = [...tokens, ...(target ?? [])];
-  const order = kind === "encoder" ? [tokens] : [target ?? [], all, tokens];
-  const along = (num, wanted) => wanted.find(list => list.length === num) ?? numbered(num, all);
-  return {queries: along(rows, order), keys: along(columns, kind === "decoder" ? order : [tokens, all])};
-}
-
-// The last token written has looked at nothing yet, so a side may be short of it.
-function numbered(num, all) {
-  return Array.from({length: num}, (_, at) => (num < all.length ? all[at] : {text: `#${at}`}));
+// The tokens along a map's sides. A decoder's are what it wrote, and before them its prompt if it continues that.
+export function axes({kind, rows}, {tokens, target_tokens: target = []}) {
+  if (kind === "encoder") return {queries: tokens, keys: tokens};
+  if (kind === "cross") return {queries: target, keys: tokens};
+  const isContinued = rows !== target.length;
+  const own = isContinued ? [...tokens, ...target.map(token => ({...token, isWritten: true}))] : target;
+  return {queries: own, keys: own};
 }
 
 // A reply whose tokens read as the characters they came from, not as the tokenizer names them; `asked` has the texts.
@@ -56,6 +52,6 @@ export function readable(reply, asked) {
 
 // A token in few letters: spaces beside a word are left out, what would be invisible is made visible.
 export function labelOf({text}, most = 16) {
-  const shown = Array.from(text.trim() || "␣".repeat(text.length || 1));
+  const shown = Array.from(text.trim() || (text || " ").replace(/[^\n]/g, "␣"));
   return shown.length > most ? shown.slice(0, most - 1).join("") + "…" : shown.join("").replaceAll("\n", "↵");
 }

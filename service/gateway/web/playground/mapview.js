@@ -92,7 +92,7 @@ function build(host, {queries, keys}) {
 
 function fillColumn(host, tokens, bind) {
   const buttons = tokens.map((token, index) => {
-    const className = token.special ? "token special" : "token";
+    const className = `token${token.special ? " special" : ""}${token.isWritten ? " written" : ""}`;
     const button = element("button", {type: "button", className}, element("span", {textContent: labelOf(token)}));
     bind(index, button);
     return button;
@@ -155,4 +155,8 @@ function describe(map, active) {
 const pair = ({queries, keys, values, columns}, row, column) =>
   `“${labelOf(queries[row])}” looks at “${labelOf(keys[column])}” ${values[row * columns + column].toFixed(4)}`;
 
-const hint = map => (map ? "Point at a token, or move to it with Tab and the arrow keys, to see where it looks." : "");
+function hint(map) {
+  if (!map) return "";
+  const written = map.queries.some(token => token.isWritten) ? " In italics: what the model wrote." : "";
+  return `Point at a token, or move to it with Tab and the arrow keys, to see where it looks.${written}`;
+}

@@ -414,20 +414,22 @@ class AttentionResponse(_message.Message):
     def __init__(self, summary: _Optional[_Union[AttentionSummary, _Mapping]] = ..., map: _Optional[_Union[AttentionMap, _Mapping]] = ...) -> None: ...
 
 class AttentionSummary(_message.Message):
-    __slots__ = ("model", "tokens", "target_tokens", "prediction", "usage", "timing")
+    __slots__ = ("model", "tokens", "target_tokens", "prediction", "usage", "timing", "graph")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     TARGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_FIELD_NUMBER: _ClassVar[int]
     model: str
     tokens: _containers.RepeatedCompositeFieldContainer[AttendedToken]
     target_tokens: AttendedTokens
     prediction: Prediction
     usage: Usage
     timing: Timing
-    def __init__(self, model: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[AttendedToken, _Mapping]]] = ..., target_tokens: _Optional[_Union[AttendedTokens, _Mapping]] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    graph: str
+    def __init__(self, model: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[AttendedToken, _Mapping]]] = ..., target_tokens: _Optional[_Union[AttendedTokens, _Mapping]] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., graph: _Optional[str] = ...) -> None: ...
 
 class AttendedTokens(_message.Message):
     __slots__ = ("tokens",)

@@ -1,7 +1,5 @@
-"""The shape of Hugging Face's inference API for text classification, which `huggingface_hub.InferenceClient` speaks.
-
-The reply is always nested, a list of labels for each input, even for a single one: the client takes the first.
-A list of inputs is a batch; the model is the path's, or the one that can do the task.
+"""Text classification. The reply is always nested, a list of labels for each input, even for a single one, of which the
+client takes the first. A list of inputs is a batch.
 """
 
 from collections.abc import Mapping
@@ -11,7 +9,7 @@ import orjson
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from service.domain import Classification, ClassifyRequest, FunctionToApply, Inputs, ModelInfo, TopK
+from service.domain import Classification, ClassifyRequest, FunctionToApply, Inputs, TopK
 from service.validation import invalid
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -56,14 +54,3 @@ def parse(body: bytes, path: Mapping[str, Any]) -> ClassifyRequest:
 
 def render(result: Classification) -> bytes:
     return orjson.dumps(result.results)
-
-
-def endpoint_info(models: list[ModelInfo], version: str, max_inputs: int) -> dict[str, Any]:
-    """What `InferenceClient.get_endpoint_info` asks for, under the names that text-embeddings-inference uses."""
-    model_id = next((info.id for info in models if info.task == "classification"), None)
-    return {
-        "model_id": model_id,
-        "model_pipeline_tag": "text-classification",
-        "max_client_batch_size": max_inputs,
-        "version": version,
-    }

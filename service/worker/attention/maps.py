@@ -1,6 +1,6 @@
 """Attention weights of a run -> the maps that a caller is told. Arithmetic only.
 
-Shapes: H heads, T tokens of one sequence, which has no padding; rows are queries, columns keys.
+Shapes: H heads, T queries, S keys, of one run without padding; rows are queries, columns keys.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from service.domain import AttentionMap
-from service.worker.classification.sequence import View
+from service.domain import AttentionMap, Kind
+from service.worker.attention.views import View
 
 Floats = NDArray[np.float32]
 
 
 def maps_of(view: View, weights: Mapping[int, Floats]) -> tuple[AttentionMap, ...]:
-    """`weights` are (H, T, T) for each layer of the view, at least."""
+    """`weights` are (H, T, S) for each layer of the view, at least; for a rollout T is S."""
     if view.reduce == "rollout":
-        return (_told(None, None, rollout([_heads(weights[layer], view) for layer in sorted(view.layers)])[None]),)
-    return tuple(_told(layer, *_reduced(_heads(weights[layer], view), view)) for layer in view.layers)
+        flow = rollout([_heads(weights[layer], view) for layer in sorted(view.layers)])
+        return (_told(view.kind, None, None, flow[None]),)
+    return tuple(_told(view.kind, layer, *_reduced(_heads(weights[layer], view), view)) for layer in view.layers)
 
 
 def rollout(layers: Sequence[Floats]) -> Floats:
@@ -42,7 +43,7 @@ def shares(rolled: AttentionMap, pooling: str) -> list[float]:
 
 
 def _heads(weights: Floats, view: View) -> Floats:
-    """(chosen heads, T, T); all of them, in order, are not copied."""
+    """(chosen heads, T, S); all of them, in order, are not copied."""
     return weights if view.heads == tuple(range(len(weights))) else weights[list(view.heads)]
 
 
@@ -52,7 +53,7 @@ def _reduced(weights: Floats, view: View) -> tuple[tuple[int, ...] | None, Float
     return None, weights.mean(0, keepdims=True) if view.reduce == "mean" else weights.max(0, keepdims=True)
 
 
-def _told(layer: int | None, heads: tuple[int, ...] | None, weights: Floats) -> AttentionMap:
+def _told(kind: Kind, layer: int | None, heads: tuple[int, ...] | None, weights: Floats) -> AttentionMap:
     num_heads, num_queries, num_keys = weights.shape
     content = weights.astype("<f4", copy=False).tobytes()
-    return AttentionMap("encoder", layer, heads, (num_heads, num_queries, num_keys), content)
+    return AttentionMap(kind, layer, heads, (num_heads, num_queries, num_keys), content)

@@ -1,0 +1,103 @@
+"""An encoder-decoder's checkpoint -> a bundle of task "translation": packed weights, three graphs, tokenizer, manifest.
+
+    python -m model.export_translator runs/translation/everyday --out model/zoo/translation --data FOLDER
+
+The same checkpoint gives the same bytes. Verifies a float32 twin, which must agree with PyTorch to the token, and the
+bundle in int8; what fails is not left behind.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+from model.export_decoder import Options, graph_spec, manifest, tensors_of
+from model.recipes.translation import DATA_HELP
+from model.recipes.translation_corpora import everyday_corpus
+from model.subwords import END_ID, START_ID
+from model.train import load_checkpoint
+from model.transformer import EncoderDecoder
+from model.translator_graph import build_translator
+from model.translator_quality import Sets
+from model.translator_weights import KINDS, WEIGHTS_FILE, translator_pieces
+from model.verify_translator import read_sources, verify_translator
+from service.worker.bundle import MANIFEST, TOKENIZER, Manifest, file_spec
+from service.worker.weights.checkpoint import Text
+from service.worker.weights.packing import write_pieces
+
+CREATED = 1_795_305_600  # 22 November 2026; not a file's time, which a copy changes
+
+
+def export_translator(
+    config: ModelConfig, model: EncoderDecoder, tokenizer: str, out: Path, options: Options
+) -> Manifest:
+    """Writes all files (not verified yet) into the new directory `out`. Raises ValueError for what cannot be served."""
+    out.mkdir(parents=True)
+    kind = KINDS[options.precision]
+    places = write_pieces(out / WEIGHTS_FILE, translator_pieces(tensors_of(model), config, kind))
+    specs = {}
+    for name, graph in build_translator(config, kind, places=places, file=WEIGHTS_FILE).items():
+        (out / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+        specs[name] = graph_spec(graph, f"{name}.onnx")
+    (out / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+    text = Text(tokenizer=tokenizer, bos_id=START_ID, end_ids=(END_ID,), chat_template=None)
+    content = manifest("translation", config, text, options, specs, out)
+    (out / MANIFEST).write_text(content.to_json())
+    return content
+
+
+def options(checkpoint: Path, *, id: str, licence: str, created: int = CREATED) -> Options:
+    weights = checkpoint / "model.safetensors"
+    provenance: dict[str, Any] = json.loads((checkpoint / "train.json").read_text())
+    return Options(
+        id=id,
+        created=created,
+        licence=licence,
+        provenance=provenance | {"checkpoint_sha256": file_spec(weights).sha256},
+    )
+
+
+def export_verified(checkpoint: Path, out: Path, chosen: Options, *, sets: Sets) -> bool:
+    """Puts the bundle at `out` only if it and its float32 twin pass. Prints every check; says whether all passed."""
+    config, model = load_checkpoint(checkpoint, EncoderDecoder)
+    tokenizer, sources = (checkpoint / TOKENIZER).read_text(encoding="utf-8"), read_sources(checkpoint, config, sets)
+    reports = {}
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        for precision in ("float32", "int8"):
+            new = Path(folder) / precision
+            content = export_translator(config, model, tokenizer, new, replace(chosen, precision=precision))
+            scored = sets if precision == chosen.precision else {}
+            reports[precision] = verify_translator(new, config, model, sources, sets=scored)
+            print(f"{precision}\n{reports[precision].text()}", flush=True)
+        passed = all(report.passed for report in reports.values())
+        if passed:
+            quality = reports[chosen.precision].quality
+            verification = {name: report.facts() for name, report in reports.items()}
+            (new / MANIFEST).write_text(replace(content, quality=quality, verification=verification).to_json())
+            shutil.rmtree(out, ignore_errors=True)
+            new.rename(out)
+    return passed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the bundle's directory; replaced if it is there")
+    parser.add_argument("--data", type=Path, help=f"for BLEU: {DATA_HELP}")
+    parser.add_argument("--licence", default="Apache-2.0")
+    parser.add_argument("--created", type=int, default=CREATED, help="seconds since 1970 that the manifest says")
+    flags = parser.parse_args(arguments)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen = options(flags.checkpoint, id=flags.out.name, licence=flags.licence, created=flags.created)
+    sets = everyday_corpus(flags.data).test if flags.data else {}
+    return 0 if export_verified(flags.checkpoint, flags.out, chosen, sets=sets) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

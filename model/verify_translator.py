@@ -1,0 +1,274 @@
+"""A translation bundle == its checkpoint: interface, weights, logits, greedy tokens, attention, batching, BLEU.
+
+    python -m model.verify_translator BUNDLE CHECKPOINT --data FOLDER
+
+The reference is the PyTorch model, which shares no code with the graphs; the subject is the engine that serves. Every
+check runs, whatever the others say, and states what it found.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.export_decoder import tensor_spec, tensors_of
+from model.recipes.translation import DATA_HELP
+from model.recipes.translation_corpora import everyday_corpus
+from model.subwords import END_ID, START_ID, load_subwords
+from model.train import load_checkpoint
+from model.transformer import EncoderDecoder
+from model.translator_graph import interfaces
+from model.translator_quality import Ids, Logits, Sets, Written, quality, write
+from model.translator_weights import KINDS, WEIGHTS_FILE, translator_pieces
+from model.verify import Check, Report, checked
+from model.verify_decoder import facts
+from service.worker.bundle import TOKENIZER, Bundle, file_spec, load_bundle
+from service.worker.generation.translator import TranslatorEngine
+from service.worker.session import Session
+from service.worker.weights.packing import write_pieces
+
+NUM_SLOTS = 16
+NUM_SOURCES = 100
+NUM_NEW = 60  # greedy tokens a source
+NUM_STEPS = 8  # of decoding, when batches are compared
+NUM_MAPS = 8  # sources whose attention is compared
+MAX_DIFFERENCE = 1e-4  # of float32 logits, and of attention weights
+MIN_CORRELATION = 0.99  # of int8 logits
+MIN_AGREEMENT = 0.9  # of int8's greedy tokens with the reference's choice after the same text
+MAX_MOVED = 0.05  # of int8 attention: the share of a row that lies elsewhere, on average
+MAX_FROM_ONE = 1e-5  # of a row's sum
+MAX_BLEU_LOSS = 0.3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: the bundle with its engine, and the model it claims to be."""
+
+    bundle: Bundle
+    engine: TranslatorEngine
+    config: ModelConfig
+    model: EncoderDecoder
+    sources: Sequence[Ids]
+
+    @property
+    def is_exact(self) -> bool:
+        return self.bundle.manifest.precision == "float32"
+
+    @cached_property
+    def written(self) -> list[Written]:
+        """The engine's greedy translation of each source."""
+        limit = min(NUM_NEW, self.engine.max_tokens - 1)
+        groups = [self.sources[at : at + NUM_SLOTS] for at in range(0, len(self.sources), NUM_SLOTS)]
+        return [one for group in groups for one in write(self.engine, group, [limit] * len(group))]
+
+    @cached_property
+    def reference(self) -> list[Logits]:
+        """What the model says (T, V) after each token that the engine wrote."""
+        return [self.forced(source, one.ids)[0] for source, one in zip(self.sources, self.written, strict=True)]
+
+    @torch.no_grad()
+    def forced(self, source: Ids, target: Ids) -> tuple[Logits, dict[str, Logits]]:
+        """Logits (T, V) for the tokens of `target`, and each attention's weights (1, H, queries, keys) by name."""
+        traces: dict[str, list[Tensor]] = {"encoder": [], "decoder": [], "cross": []}
+        memory = self.model.encode(torch.tensor([list(source)]), trace=traces["encoder"])
+        ids = torch.tensor([[START_ID, *target[:-1]]])
+        logits, _ = self.model.decode(ids, memory, trace=traces["decoder"], cross_trace=traces["cross"])
+        told = {f"{part}_attention.{at}": one.numpy() for part, trace in traces.items() for at, one in enumerate(trace)}
+        return logits[0].numpy(), told
+
+
+def open_engine(bundle: Bundle, *, threads: int = 1) -> TranslatorEngine:
+    return TranslatorEngine(bundle, num_slots=NUM_SLOTS, threads=threads)
+
+
+def verify_translator(
+    directory: Path, config: ModelConfig, model: EncoderDecoder, sources: Sequence[Ids], *, sets: Sets
+) -> Report:
+    """Compares the bundle with the model on `sources`, and BLEU on the `sets` of pairs, if there are any."""
+    try:
+        bundle = load_bundle(directory)
+        subject = Subject(bundle, open_engine(bundle), config, model.eval(), sources)
+    except Exception as error:  # whatever keeps it from being served is the finding
+        return Report((Check("loads", False, str(error)),))
+    checks = [
+        checked("facts", facts, subject),
+        checked("interface", interface, subject),
+        checked("weights", weights, subject),
+        checked("logits", logits, subject),
+        checked("greedy tokens", greedy_tokens, subject),
+        checked("attention", attention, subject),
+        checked("batched == alone", batched_alone, subject),
+        checked("encoded together == alone", encoded_alone, subject),
+    ]
+    if not sets:
+        return Report((*checks, Check("BLEU", True, "skipped: no pairs were given")))
+    measured = quality(subject.engine, model, load_subwords(bundle.tokenizer_path), sets)
+    return Report((*checks, judged(measured)), {"bleu": measured})
+
+
+def interface(subject: Subject) -> tuple[bool, str]:
+    """Names, types and open axes. (That the graphs are what the manifest says, the sessions have checked.)"""
+    wrong, found = [], []
+    for name, declared in interfaces(subject.config).items():
+        spec = subject.bundle.graph(name)
+        for ours, side in zip((spec.inputs, spec.outputs), declared, strict=True):
+            theirs = tuple(map(tensor_spec, side))
+            wrong += [f"{name}: {a} instead of {b}" for a, b in zip(ours, theirs, strict=True) if a != b]
+        found.append(f"{name}: {len(spec.inputs)} inputs, {len(spec.outputs)} outputs")
+    return not wrong, "; ".join(wrong) or f"{', '.join(found)}, axes open"
+
+
+def weights(subject: Subject) -> tuple[bool, str]:
+    """Packed once more, the checkpoint's weights are the file's, byte for byte."""
+    manifest = subject.bundle.manifest
+    parts = translator_pieces(tensors_of(subject.model), subject.config, KINDS[manifest.precision])
+    with tempfile.TemporaryDirectory() as folder:
+        write_pieces(Path(folder) / WEIGHTS_FILE, parts)
+        again = file_spec(Path(folder) / WEIGHTS_FILE)
+    same = again == manifest.files[WEIGHTS_FILE]
+    return same, f"packed again: {'the same' if same else 'other'} {again.bytes} bytes"
+
+
+def logits(subject: Subject) -> tuple[bool, str]:
+    """Every step of every translation: to MAX_DIFFERENCE in float32, by correlation in int8."""
+    ours = np.concatenate([one.logits for one in subject.written])
+    theirs = np.concatenate(subject.reference)
+    difference = float(np.abs(ours - theirs).max())
+    similarity = correlation(ours, theirs)
+    found = f"largest difference {difference:.2e}, correlation {similarity:.5f} at {len(ours)} steps"
+    return (difference <= MAX_DIFFERENCE if subject.is_exact else similarity >= MIN_CORRELATION), found
+
+
+def correlation(ours: Logits, theirs: Logits) -> float:
+    """Of logits (T, V), without what each token of the vocabulary has at every step."""
+    return float(np.corrcoef((ours - ours.mean(0)).ravel(), (theirs - theirs.mean(0)).ravel())[0, 1])
+
+
+def greedy_tokens(subject: Subject) -> tuple[bool, str]:
+    """Each token that the engine writes, is it what the reference would write after the same text?"""
+    pairs = zip(subject.written, subject.reference, strict=True)
+    hits = [theirs.argmax(-1) == ours.ids for ours, theirs in pairs]
+    share, whole = float(np.concatenate(hits).mean()), sum(bool(one.all()) for one in hits)
+    found = f"{share:.2%} of {sum(map(len, hits))} tokens, {whole} of {len(hits)} translations whole"
+    return share >= (1.0 if subject.is_exact else MIN_AGREEMENT), found
+
+
+def attention(subject: Subject) -> tuple[bool, str]:
+    """Every layer and head of the graph that tells attention, on what the engine wrote; its logits are the engine's."""
+    spec = subject.bundle.graph("attention")
+    session = Session(subject.bundle.graph_path("attention"), spec)
+    names = [tensor.name for tensor in spec.outputs]
+    written = subject.written[:NUM_MAPS]
+    told_logits: list[Logits] = []
+    difference = moved = from_one = 0.0
+    for source, one in zip(subject.sources, written, strict=False):
+        feeds = {"ids": np.array([source]), "target_ids": np.array([[START_ID, *one.ids[:-1]]])}
+        told = dict(zip(names, session.run(feeds), strict=True))
+        told_logits.append(told.pop("logits")[0])
+        theirs = subject.forced(source, one.ids)[1]
+        for name, ours in told.items():
+            gap = np.abs(ours - theirs[name])
+            difference, moved = max(difference, float(gap.max())), max(moved, float(gap.sum(-1).mean()) / 2)
+            from_one = max(from_one, float(np.abs(ours.sum(-1) - 1).max()))
+    told_all, served = np.concatenate(told_logits), np.concatenate([one.logits for one in written])
+    from_decoded, similarity = float(np.abs(told_all - served).max()), correlation(told_all, served)
+    if subject.is_exact:
+        is_near = max(difference, from_decoded) <= MAX_DIFFERENCE
+    else:
+        is_near = moved <= MAX_MOVED and similarity >= MIN_CORRELATION
+    return is_near and from_one <= MAX_FROM_ONE, (
+        f"largest difference {difference:.2e}, {moved:.2%} of a row elsewhere, rows sum to 1 to {from_one:.0e}; "
+        f"logits differ from the served ones by {from_decoded:.0e}, correlation {similarity:.5f}"
+    )
+
+
+def decoded(engine: TranslatorEngine, sources: Sequence[Ids], tokens: NDArray[np.int64]) -> Logits:
+    """Logits (rows, steps, V): the sources read one after another, then `tokens` (steps, rows) fed together."""
+    steps = [np.stack([engine.prefill(slot, source, 0, keep="last")[0] for slot, source in enumerate(sources)])]
+    for at, step in enumerate(tokens):
+        steps.append(engine.decode(step.tolist(), [len(source) + at for source in sources]).copy())
+    return np.stack(steps, axis=1)
+
+
+def batched_alone(subject: Subject) -> tuple[bool, str]:
+    """The same bits for a row alone, beside rows of other sources, beside fewer, and on two threads."""
+    draw = np.random.default_rng(0)
+    longest = min(subject.engine.max_tokens, 8 * NUM_SLOTS)
+    lengths = draw.permutation(np.linspace(1, longest, NUM_SLOTS, dtype=int))
+    sources = [draw.integers(0, subject.config.vocab_size, length).tolist() for length in lengths]
+    tokens = draw.integers(0, subject.config.vocab_size, (NUM_STEPS, NUM_SLOTS))
+    rows = range(NUM_SLOTS)
+    alone = np.concatenate([decoded(subject.engine, [sources[at]], tokens[:, at : at + 1]) for at in rows])
+    half = NUM_SLOTS // 2
+    tried = {
+        "all together": (subject.engine, slice(None)),
+        "half of them": (subject.engine, slice(half, None)),
+        "all together on two threads": (open_engine(subject.bundle, threads=2), slice(None)),
+    }
+    wrong = []
+    for name, (engine, chosen) in tried.items():
+        difference = np.abs(decoded(engine, sources[chosen], tokens[:, chosen]) - alone[chosen]).max()
+        wrong += [f"{name}: largest difference {difference:.2e}"] if difference else []
+    found = f"bit-equal for {NUM_SLOTS} rows, {NUM_STEPS} steps, {len(tried)} kinds of batch"
+    return not wrong, "; ".join(wrong) or found
+
+
+def encoded_alone(subject: Subject) -> tuple[bool, str]:
+    """The same bits for a source alone and among others of its length."""
+    path, spec = subject.bundle.graph_path("encode"), subject.bundle.graph("encode")
+    one, two = (Session(path, spec, threads=threads) for threads in (1, 2))
+    draw, wrong = np.random.default_rng(1), []
+    lengths = [1, 2, 7, 33, subject.engine.max_tokens]
+    for length in lengths:
+        ids = draw.integers(0, subject.config.vocab_size, (5, length))
+        alone = [one.run({"ids": ids[at : at + 1]}) for at in range(len(ids))]
+        for session in (one, two):
+            together = session.run({"ids": ids})
+            pairs = [(memory, parts) for memory, *parts in zip(together, *alone, strict=True)]
+            difference = max(np.abs(memory - np.concatenate(parts)).max() for memory, parts in pairs)
+            wrong += [f"{length} tokens, {session.threads} threads: {difference:.2e}"] if difference else []
+    return not wrong, "; ".join(wrong) or f"bit-equal for sources of {lengths} tokens"
+
+
+def judged(measured: Mapping[str, Any]) -> Check:
+    losses = {name: round(one["bleu_of_checkpoint"] - one["bleu"], 2) for name, one in measured.items()}
+    told = [f"{name}: {one['bleu']}, the checkpoint {one['bleu_of_checkpoint']}" for name, one in measured.items()]
+    return Check("BLEU", max(losses.values()) <= MAX_BLEU_LOSS, "; ".join(told))
+
+
+def read_sources(checkpoint: Path, config: ModelConfig, sets: Sets) -> list[list[int]]:
+    """Ids of the first sentences of each set in turn; random ones where there are no sets."""
+    texts = [pair.source for pairs in zip(*sets.values(), strict=False) for pair in pairs][:NUM_SOURCES]
+    if texts:
+        return [encoding.ids for encoding in load_subwords(checkpoint / TOKENIZER).encode_batch_fast(texts)]
+    draw = np.random.default_rng(2)
+    lengths = draw.integers(1, min(40, config.max_length), NUM_SOURCES)
+    return [[*draw.integers(END_ID + 1, config.vocab_size, length).tolist(), END_ID] for length in lengths]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, help=DATA_HELP)
+    flags = parser.parse_args(arguments)
+    config, model = load_checkpoint(flags.checkpoint, EncoderDecoder)
+    sets = everyday_corpus(flags.data).test if flags.data else {}
+    sources = read_sources(flags.checkpoint, config, sets)
+    report = verify_translator(flags.bundle, config, model, sources, sets=sets)
+    print(report.text())
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Attention weights of a run as what a caller is told; shared by models that classify and models that write."""

@@ -1,0 +1,150 @@
+"""Where a model that writes looked: what it reads, what it writes or is to have written, and the maps of both.
+
+The generator that serves everyone writes the text, so that the prediction is the served one. Then one run of another
+graph reads prompt and output once more, in a thread of its own: one such run at a time, beside the engine's steps. How
+large the maps can get is known, and refused, before anything is written. Knows no queue and no slot.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+
+from service.domain import (
+    AttendedToken,
+    AttentionMap,
+    AttentionMaps,
+    AttentionRequest,
+    Call,
+    Event,
+    Finish,
+    GenerateOptions,
+    GenerateRequest,
+    Prediction,
+    Token,
+    Usage,
+)
+from service.errors import DeadlineExceeded, EngineFailed, InvalidRequest, Overloaded, TooLarge, Unavailable
+from service.worker.attention.views import View, check_size, views_of
+from service.worker.bundle import Bundle
+from service.worker.generation.attended_text import AttendedText, Written
+from service.worker.generation.attention_graph import GRAPH, AttentionGraph
+
+NUM_NEW = 32  # tokens that a model which continues texts writes unless a request says otherwise
+MAX_OPEN = 64  # requests of which maps are told or waited for
+
+
+Generate = Callable[[GenerateRequest, Call], AsyncGenerator[Event, None]]
+
+
+class Attending:
+    """Tells the attention of one model for generation or translation."""
+
+    def __init__(self, bundle: Bundle, *, max_bytes: int) -> None:
+        """Raises BundleError if the bundle has no graph for it."""
+        generation = bundle.manifest.generation
+        assert generation is not None
+        self._id = bundle.manifest.id
+        self._is_translator = bundle.manifest.task == "translation"
+        self._max_tokens = bundle.manifest.limits.max_tokens
+        self._max_bytes = max_bytes
+        self._text = AttendedText(bundle, start_id=generation.bos_id if self._is_translator else None)
+        self._graph = AttentionGraph(bundle)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"attention-{self._id}")
+        self._runs: set[asyncio.Future[tuple[AttentionMap, ...]]] = set()
+        self._num_open = 0
+
+    async def attention(self, request: AttentionRequest, call: Call, generate: Generate) -> AttentionMaps:
+        """`generate` is the model's own. Raises what it raises, InvalidRequest, TooLarge and Overloaded."""
+        if self._num_open >= MAX_OPEN:
+            raise Overloaded(f"{self._num_open} requests for the attention of {self._id} are open, as many as may be")
+        self._num_open += 1
+        try:
+            return await self._attention(request, call, generate)
+        finally:
+            self._num_open -= 1
+
+    async def aclose(self, timeout_s: float) -> None:
+        """Wait up to `timeout_s` seconds for the maps that are being made; drop those whose turn has not come."""
+        if self._runs:
+            await asyncio.wait(self._runs, timeout=timeout_s)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _attention(self, request: AttentionRequest, call: Call, generate: Generate) -> AttentionMaps:
+        for name in ("text_pair", "top_k"):
+            if getattr(request, name) is not None:
+                raise InvalidRequest(f"{name} is for models that classify, {self._id} writes", param=name)
+        views = views_of(request, self._graph.sizes)
+        read = await asyncio.to_thread(self._text.read, request.text)
+        self._check_length("text", len(read), self._max_tokens - (not self._is_translator))
+        if request.target is None:
+            options = self._options(request, read)
+            assert options.max_tokens is not None
+            self._check_size(views, len(read), options.max_tokens + self._is_translator)
+            written = await self._write(options, call, generate)
+        else:
+            written = await asyncio.to_thread(self._text.forced, request.target)
+            self._check_length("target", len(written.tokens), self._max_tokens)
+            self._check_size(views, len(read), len(written.tokens))
+            call.progress.tokenized = call.progress.started = time.monotonic()
+        maps = await self._maps(read, written, views, call)
+        now = call.progress.finished = time.monotonic()
+        usage, timing = Usage(prompt_tokens=len(read), truncated=0), call.progress.timing(now)
+        return AttentionMaps(self._id, GRAPH, read, written.tokens, maps, Prediction(text=written.text), usage, timing)
+
+    def _check_length(self, param: str, num_tokens: int, most: int) -> None:
+        if not num_tokens:
+            raise InvalidRequest(f"{param} has no tokens, at least one is needed", param=param)
+        if num_tokens > most:
+            message = f"{param} has {num_tokens} tokens, at most {most} can be attended to"
+            raise TooLarge(message, param=param, code="context_length_exceeded")
+
+    def _check_size(self, views: Sequence[View], num_read: int, num_written: int) -> None:
+        check_size(views, self._graph.shapes(num_read, num_written), self._max_bytes)
+
+    def _options(self, request: AttentionRequest, read: Sequence[AttendedToken]) -> GenerateRequest:
+        """The prompt is the tokens that were counted; what is written fits beside them."""
+        asked = request.generate or GenerateOptions()
+        room = self._max_tokens - (1 if self._is_translator else len(read))
+        wanted = asked.max_tokens or (room if self._is_translator else NUM_NEW)
+        return GenerateRequest(
+            prompt=(tuple(one.id for one in read),),
+            max_tokens=min(wanted, room),
+            temperature=asked.temperature,
+            seed=asked.seed,
+        )
+
+    async def _write(self, request: GenerateRequest, call: Call, generate: Generate) -> Written:
+        tokens, rest = [], ""
+        async with aclosing(generate(request, call)) as events:
+            async for event in events:
+                if isinstance(event, Token):
+                    tokens.append(event)
+                elif isinstance(event, Finish):
+                    rest = event.text
+        return self._text.written(tokens, rest)
+
+    async def _maps(
+        self, read: Sequence[AttendedToken], written: Written, views: Sequence[View], call: Call
+    ) -> tuple[AttentionMap, ...]:
+        """Made when it is their turn. Raises DeadlineExceeded, EngineFailed and Unavailable."""
+        ids = [one.id for one in read]
+        try:
+            run = asyncio.get_running_loop().run_in_executor(self._thread, self._graph.run, ids, written.ids, views)
+        except RuntimeError:  # the thread takes nothing any more
+            raise Unavailable("the server is stopping", code="draining") from None
+        self._runs.add(run)
+        run.add_done_callback(self._runs.discard)
+        try:
+            async with asyncio.timeout(call.deadline - time.monotonic()):
+                return await run
+        except TimeoutError:
+            seconds = time.monotonic() - call.progress.begun
+            raise DeadlineExceeded(f"the deadline passed after {seconds:.3f} s") from None
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise  # whoever asked has left
+            raise Unavailable("the server is stopping", code="draining") from None
+        except Exception as error:
+            raise EngineFailed(f"the attention graph of {self._id} failed") from error

@@ -1,0 +1,154 @@
+"""Texts to translate as sentences, each a source of its own, and their translations as texts again.
+
+Sentences are written side by side, but told in order: what a later one says waits until those before it have ended.
+White space before, between and behind them stays as it is. Per sentence are the model's limit, `max_tokens`,
+`min_tokens` and `n` (the j-th output of a text consists of each sentence's j-th). An output's finish_reason is "length"
+if any sentence's is. A stop string or id ends the output in the sentence where it is found; the later ones, written
+meanwhile, are in the usage and nowhere else. Token ids are a source as they are. In the timing, the first token is that
+of whichever sentence has one first, even if it is told later.
+Knows no engine: it makes another request for a generator, and other events of what comes back.
+"""
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Protocol
+
+from service.domain import MAX_OUTPUTS, Call, Event, Finish, FinishReason, GenerateRequest, Token
+from service.errors import InvalidRequest, TooLarge, Unsupported
+from service.worker.generation.prompts import num_characters
+from service.worker.generation.sentences import sentence_spans
+
+LONG_TO_SPLIT = 65_536  # characters from which on splitting would hold up the event loop (some 10 ms)
+
+Source = str | tuple[int, ...]
+
+
+class Generates(Protocol):
+    """What Generator does."""
+
+    def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt's sentences, at least one, and the white space before, between and behind them: one more."""
+
+    sources: tuple[Source, ...]
+    spaces: tuple[str, ...]
+
+
+async def translate(generator: Generates, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+    """The events of `request`, from a generator that gets its sentences as prompts.
+
+    Raises an AttndError; one about a sentence says which it is.
+    """
+    if request.echo:
+        raise Unsupported("echo: the tokens of a source have no log-probabilities", param="echo", code="no_echo")
+    is_long = num_characters(request) > LONG_TO_SPLIT
+    texts = await asyncio.to_thread(texts_of, request) if is_long else texts_of(request)
+    rejoined = Rejoined(texts, request.n)
+    sentences = replace(request, prompt=tuple(source for text in texts for source in text.sources))
+    try:
+        async with aclosing(generator.generate(sentences, call)) as events:
+            async for event in events:
+                for told in rejoined.take(event):
+                    yield told
+    except (InvalidRequest, TooLarge) as error:
+        raise _named(error, texts) from None
+
+
+def texts_of(request: GenerateRequest) -> list[Text]:
+    """Raises InvalidRequest for a prompt without any sentence, TooLarge for more than a request may have outputs."""
+    texts: list[Text] = []
+    most = left = MAX_OUTPUTS // request.n
+    for index, prompt in enumerate(request.prompt or ()):
+        text, param = _text(prompt, left + 1), f"prompt.{index}"
+        if not text.sources:
+            raise InvalidRequest(f"{param} has nothing to translate", param=param)
+        left -= len(text.sources)
+        if left < 0:
+            message = f"{param} brings more than {most} sentences, the limit of a request with n {request.n}"
+            raise TooLarge(message, param=param, code="too_many_sentences")
+        texts.append(text)
+    return texts
+
+
+def _text(prompt: Source, most: int) -> Text:
+    """Its first `most` sentences."""
+    if not isinstance(prompt, str):
+        return Text((prompt,), ("", ""))
+    spans = list(islice(sentence_spans(prompt), most))
+    ends = [0, *(end for _, end in spans)]
+    starts = [*(start for start, _ in spans), len(prompt)]
+    spaces = tuple(prompt[end:start] for end, start in zip(ends, starts, strict=True))
+    return Text(tuple(prompt[start:end] for start, end in spans), spaces)
+
+
+def _named(error: InvalidRequest | TooLarge, texts: Sequence[Text]) -> InvalidRequest | TooLarge:
+    """The error of a sentence, which was a prompt to whoever raised it, in terms of the caller's prompts."""
+    found = re.fullmatch(r"prompt\.(\d+)", error.param or "")
+    if found is None:
+        return error
+    places = [(index, place) for index, text in enumerate(texts) for place in range(len(text.sources))]
+    index, place = places[int(found[1])]
+    message = error.message.replace(found[0], f"sentence {place + 1} of prompt.{index}", 1)
+    return type(error)(message, param=f"prompt.{index}", code=error.code)
+
+
+class Rejoined:
+    """A generation's events about sentences -> those about texts. `take` each of them, in turn."""
+
+    def __init__(self, texts: Sequence[Text], n: int) -> None:
+        outputs = [[RejoinedOutput(index * n + place, text) for place in range(n)] for index, text in enumerate(texts)]
+        self._of_sentence = [
+            (output, sentence)
+            for index, text in enumerate(texts)
+            for sentence in range(len(text.sources))
+            for output in outputs[index]
+        ]
+
+    def take(self, event: Event) -> Iterator[Event]:
+        if isinstance(event, Token | Finish):
+            output, sentence = self._of_sentence[event.index]
+            yield from output.take(sentence, event)
+        else:
+            yield event
+
+
+class RejoinedOutput:
+    """One output in the making."""
+
+    def __init__(self, index: int, text: Text) -> None:
+        self._index = index
+        self._spaces = text.spaces
+        self._waiting: list[deque[Token | Finish]] = [deque() for _ in text.sources]
+        self._sentence = 0  # the one that is being told
+        self._said = text.spaces[0]  # by what was no token, and told with the next
+        self._reason: FinishReason = "stop"
+
+    def take(self, sentence: int, event: Token | Finish) -> Iterator[Event]:
+        self._waiting[sentence].append(event)
+        while self._sentence < len(self._waiting) and (waiting := self._waiting[self._sentence]):
+            event = waiting.popleft()
+            text, self._said = self._said + event.text, ""
+            if isinstance(event, Token):
+                yield replace(event, index=self._index, text=text)
+            else:
+                yield from self._end_sentence(event, text)
+
+    def _end_sentence(self, event: Finish, text: str) -> Iterator[Event]:
+        self._sentence += 1
+        if event.stop is not None:
+            self._sentence = len(self._waiting)
+            yield Finish(self._index, event.finish_reason, text, event.stop)
+            return
+        if event.finish_reason == "length":
+            self._reason = "length"
+        self._said = text + self._spaces[self._sentence]
+        if self._sentence == len(self._waiting):
+            yield Finish(self._index, self._reason, self._said)

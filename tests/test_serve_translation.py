@@ -1,0 +1,249 @@
+"""A tiny translator's bundle, loaded as `attnd serve` does and asked over HTTP and gRPC."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import rpc
+import torch
+import wire
+from fakes import until
+from huggingface_hub import InferenceClient
+
+from service.config import Settings
+from service.gateway.app import create_app
+from service.gateway.server import HttpServer
+from service.metrics import Metrics
+from service.observed import Observed
+from service.rpc.pb.attnd.v1 import inference_pb2 as pb
+from service.rpc.server import RpcServer
+from service.worker.load import load_models
+from service.worker.local import LocalBackend
+
+tiny = pytest.importorskip("tests.tiny_translator", reason="exporting needs torch", exc_type=ImportError)
+
+SENTENCES = ("A dog runs through the snow.", "Where is the station?", "Two children are playing!")
+TEXT = f" {SENTENCES[0]} {SENTENCES[1]}\n\n\t{SENTENCES[2]}\n"
+
+
+class Served:
+    def __init__(self, port: int, running: rpc.Running, metrics: Metrics) -> None:
+        self.port, self.running, self.metrics = port, running, metrics
+
+    async def ask(self, **fields: Any) -> wire.Reply:
+        body = json.dumps({"max_tokens": 20} | fields).encode()
+        return await wire.ask(self.port, "POST", "/v1/generate", body)
+
+    async def generate(self, **fields: Any) -> dict[str, Any]:
+        reply = await self.ask(**fields)
+        assert reply.status == 200, reply.body
+        found: dict[str, Any] = reply.json
+        return found
+
+    async def texts(self, **fields: Any) -> list[str]:
+        return [output["text"] for output in (await self.generate(**fields))["outputs"]]
+
+    async def events(self, **fields: Any) -> list[Any]:
+        reply = await self.ask(stream=True, **fields)
+        *events, done, rest = reply.body.split(b"\n\n")
+        assert (done, rest) == (b"data: [DONE]", b"")
+        return [json.loads(event.removeprefix(b"data: ")) for event in events]
+
+    def sample(self, name: str) -> float:
+        return self.metrics.registry.get_sample_value(name, {"model": "tiny-translation"}) or 0.0
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("translation")
+    return {name: tiny.tiny_translation_bundle(folder / name, precision=name) for name in ("float32", "int8")}
+
+
+@pytest.fixture
+async def served(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> AsyncIterator[Served]:
+    """The int8 bundle unless the test says otherwise."""
+    bundle = bundles[getattr(request, "param", "int8")]
+    settings = Settings(http_port=0, grpc_port=0, models=(str(bundle),), threads=1, drain_timeout=5.0)
+    metrics = Metrics(settings.latency_buckets, {})
+    backend = LocalBackend(lambda: load_models(settings, metrics), drain_timeout_s=5.0)
+    await backend.start()
+    observed = Observed(backend, metrics)
+    http = HttpServer(create_app(observed, metrics, settings), settings)
+    server = RpcServer(observed, settings)
+    running = rpc.Running(server, metrics, await server.start())
+    yield Served(await http.start(), running, metrics)
+    await running.channel.close()
+    await server.stop()
+    await http.stop()
+    await backend.aclose()
+
+
+@torch.no_grad()
+def reference(sentence: str, max_tokens: int, *, num_beams: int = 1) -> str:
+    """What the PyTorch module says, by its own search."""
+    from model.search import beam_search
+    from model.translate import until_end
+
+    tokenizer = tiny.subwords()
+    source = torch.tensor([tokenizer.encode(sentence).ids])
+    found = beam_search(tiny.seeded_translator(), source, num_beams=num_beams, max_new=[max_tokens])
+    text: str = tokenizer.decode(until_end(found[0][0].ids))
+    return text
+
+
+@pytest.mark.parametrize("served", ["float32"], indirect=True)
+@pytest.mark.parametrize("num_beams", [1, 4])
+async def test_a_sentence_gets_the_reference_s_translation(served: Served, num_beams: int) -> None:
+    for sentence in SENTENCES:
+        assert await served.texts(prompt=sentence, num_beams=num_beams) == [
+            reference(sentence, 20, num_beams=num_beams)
+        ]
+
+
+async def test_a_text_is_its_sentences_translations_and_white_space(served: Served) -> None:
+    whole = await served.generate(prompt=TEXT)
+    parts = [await served.generate(prompt=sentence) for sentence in SENTENCES]
+    first, second, third = (part["outputs"][0]["text"] for part in parts)
+    assert whole["outputs"][0]["text"] == f" {first} {second}\n\n\t{third}\n"
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert whole["usage"][name] == sum(part["usage"][name] for part in parts)
+    assert whole["usage"]["completion_tokens"] > 20  # each sentence has its own limit
+    assert all(seconds > 0 for name, seconds in whole["timing"].items() if name != "queue_seconds")
+    assert served.sample("attnd_kv_cache_capacity_tokens") == 17 * 2 * 64
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 1.0, "seed": 4, "n": 2}, {"num_beams": 3, "n": 2}])
+async def test_a_stream_says_the_same_in_order(served: Served, fields: dict[str, Any]) -> None:
+    prompts = [TEXT, SENTENCES[1]]
+    whole = await served.generate(prompt=prompts, **fields)
+    *events, end = await served.events(prompt=prompts, **fields)
+    for output in whole["outputs"]:
+        own = [event for event in events if event["index"] == output["index"]]
+        assert "".join(event["text"] for event in own) == output["text"]
+        assert [event["finish_reason"] for event in own if "finish_reason" in event] == [output["finish_reason"]]
+    assert end["usage"] == whole["usage"]
+    assert len(whole["outputs"]) == 2 * fields.get("n", 1)
+
+
+async def test_sampling_follows_the_seed(served: Served) -> None:
+    asked = {"prompt": TEXT, "temperature": 1.0, "n": 2}
+    (one, other), again, changed = [await served.texts(seed=seed, **asked) for seed in (3, 3, 13)]
+    assert again == [one, other]
+    assert one != other
+    assert not {one, other} & set(changed)
+
+
+async def test_a_stop_string_ends_the_whole_text(served: Served) -> None:
+    (text,) = await served.texts(prompt=TEXT)
+    (first,) = await served.texts(prompt=SENTENCES[0])
+    stop = text[len(first) + 4 : len(first) + 7]  # in the second sentence's translation
+    (output,) = (await served.generate(prompt=TEXT, stop=[stop]))["outputs"]
+    assert output["text"] == text[: text.index(stop)]
+    assert (output["finish_reason"], output["stop"]) == ("stop", stop)
+
+
+async def test_log_probabilities_are_of_every_token_in_order(served: Served) -> None:
+    (output,) = (await served.generate(prompt=TEXT, logprobs=2))["outputs"]
+    parts = [(await served.generate(prompt=one, logprobs=2))["outputs"][0] for one in SENTENCES]
+    assert output["logprobs"] == [logprob for part in parts for logprob in part["logprobs"]]
+    assert all(len(logprob["top"]) == 2 for logprob in output["logprobs"])
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.9, "seed": 3, "logprobs": 3}, {"num_beams": 3, "logprobs": 1}])
+async def test_a_request_gets_the_same_bits_alone_and_among_fifteen_others(
+    served: Served, fields: dict[str, Any]
+) -> None:
+    asked = {"prompt": TEXT, "max_tokens": 40, "ignore_eos": True} | fields
+    alone = await served.generate(**asked)
+
+    async def neighbour(number: int) -> None:
+        """Two requests one after the other, so that rows leave and join all the time."""
+        await served.generate(prompt="snow " * number, max_tokens=3 + 2 * number, num_beams=1 + number % 3)
+        await served.generate(prompt="x" * number, max_tokens=40 - 2 * number, temperature=1.0, n=1 + number % 2)
+
+    neighbours = [asyncio.ensure_future(neighbour(number)) for number in range(1, 16)]
+    among = await served.generate(**asked)
+    await asyncio.gather(*neighbours)
+    assert among["outputs"] == alone["outputs"]
+    assert served.sample("attnd_step_rows_sum") > 3 * served.sample("attnd_step_rows_count")
+
+
+async def test_grpc_says_the_same(served: Served) -> None:
+    whole = await served.generate(prompt=TEXT, num_beams=2)
+    asked = pb.GenerateRequest(prompts=[pb.Prompt(text=TEXT)], max_tokens=20, num_beams=2)
+    events = [event async for message in served.running.generate(asked) for event in message.events]
+    assert "".join(event.token.text + event.finish.text for event in events) == whole["outputs"][0]["text"]
+    assert events[-1].end.usage.completion_tokens == whole["usage"]["completion_tokens"]
+
+
+async def test_the_hugging_face_client_translates(served: Served) -> None:
+    client = InferenceClient(base_url=f"http://127.0.0.1:{served.port}", provider="hf-inference", timeout=60)
+    asked = {"generate_parameters": {"max_new_tokens": 20, "num_beams": 2}, "src_lang": "en", "tgt_lang": "de"}
+    found = await asyncio.to_thread(client.translation, TEXT, **asked)
+    assert [found.translation_text] == await served.texts(prompt=TEXT, num_beams=2)
+
+
+async def test_the_name_of_a_special_token_is_text(served: Served) -> None:
+    plain = (await served.generate(prompt="a b"))["usage"]["prompt_tokens"]
+    assert (await served.generate(prompt="a</s> b"))["usage"]["prompt_tokens"] == plain + len("</s>")
+    assert (await served.generate(prompt=[5, 6, 2]))["usage"]["prompt_tokens"] == 3
+
+
+async def test_as_many_tokens_can_be_written_as_the_source_may_have(served: Served) -> None:
+    ids = [7] * 64
+    reply = await served.generate(prompt=ids, max_tokens=None, ignore_eos=True)
+    assert reply["usage"] == {"prompt_tokens": 64, "completion_tokens": 64, "cached_tokens": 0}
+    assert reply["outputs"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "message"),
+    [
+        (
+            {"prompt": f"A dog. {'X' * 80}. Hi."},
+            413,
+            "prompt.0",
+            "sentence 2 of prompt.0 has 83 tokens, the limit is 64",
+        ),
+        ({"prompt": ["Hi.", "\n"]}, 422, "prompt.1", "prompt.1 has nothing to translate"),
+        ({"prompt": [[]]}, 422, "prompt.0", "sentence 1 of prompt.0 has no tokens, at least one is needed"),
+        ({"prompt": "Hi. " * 129}, 413, "prompt.0", "prompt.0 brings more than 128 sentences"),
+        ({"prompt": "Hi.", "echo": True}, 501, "echo", "echo: the tokens of a source have no log-probabilities"),
+        ({"prompt": "Hi.", "min_tokens": 65, "max_tokens": 90}, 413, "min_tokens", "leave room for 64"),
+        (
+            {"messages": [{"role": "user", "content": "Hi."}], "model": "tiny-translation"},
+            501,
+            "model",
+            "for translation",
+        ),
+    ],
+)
+async def test_what_cannot_be_translated_is_refused(
+    served: Served, fields: dict[str, Any], status: int, param: str, message: str
+) -> None:
+    reply = await served.ask(**fields)
+    assert (reply.status, reply.json["error"]["param"]) == (status, param)
+    assert message in reply.json["error"]["message"]
+    assert served.sample("attnd_queue_inputs") == served.sample("attnd_running_sequences") == 0
+
+
+async def test_grpc_names_the_sentence_too(served: Served) -> None:
+    asked = pb.GenerateRequest(prompts=[pb.Prompt(text=f"A dog. {'X' * 80}. Hi.")])
+    failure = await rpc.failure_of(anext(aiter(served.running.generate(asked))))
+    assert failure.code() == grpc.StatusCode.OUT_OF_RANGE
+    assert "sentence 2 of prompt.0 has 83 tokens" in (failure.details() or "")
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_beams": 3}])
+async def test_a_client_that_leaves_frees_its_slots(served: Served, fields: dict[str, Any]) -> None:
+    body = json.dumps({"prompt": "Hi. " * 40, "max_tokens": 64, "ignore_eos": True} | fields).encode()
+    async with wire.connect(served.port) as connection:
+        await connection.send(wire.request("POST", "/v1/generate", body))
+        await until(lambda: served.sample("attnd_running_sequences") > 2)
+    await until(lambda: served.sample("attnd_release_seconds_count") >= 1)
+    assert served.sample("attnd_running_sequences") == served.sample("attnd_queue_inputs") == 0
+    assert (await served.generate(prompt=TEXT))["model"] == "tiny-translation"

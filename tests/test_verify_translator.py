@@ -1,0 +1,125 @@
+"""model.verify_translator passes a faithful bundle, and each kind of damage fails the check that is there for it."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from model import verify_translator
+from model.pairs import Pair
+from model.translator_weights import WEIGHTS_FILE
+from model.verify import Report
+from tests.tiny import change_graph, change_manifest, sign
+from tests.tiny_translator import CONFIG, SENTENCES, seeded_translator, subwords, tiny_translation_bundle
+
+PAIRS = [Pair("A dog.", "Ein Hund."), Pair("Where is the garden?", "Wo ist der Garten?")]
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_translator, "NUM_NEW", 12)
+    monkeypatch.setattr(verify_translator, "NUM_SLOTS", 4)
+
+
+def verified(directory: Path, sets: dict[str, list[Pair]] | None = None) -> Report:
+    sources = [encoding.ids for encoding in subwords().encode_batch(list(SENTENCES[::2]))]
+    return verify_translator.verify_translator(directory, CONFIG, seeded_translator(), sources, sets=sets or {})
+
+
+def failed(report: Report) -> set[str]:
+    return {check.name for check in report.checks if not check.passed}
+
+
+def test_a_faithful_bundle_passes_in_float32(tmp_path: Path) -> None:
+    report = verified(tiny_translation_bundle(tmp_path / "bundle", precision="float32"), {"tiny": PAIRS})
+    assert report.passed, report.text()
+    assert report.quality["bleu"]["tiny"]["sentences"] == len(PAIRS)
+    assert report.quality["bleu"]["tiny"]["same"] == 1.0
+
+
+def test_a_faithful_bundle_passes_in_int8(tmp_path: Path) -> None:
+    report = verified(tiny_translation_bundle(tmp_path / "bundle"))
+    assert report.passed, report.text()
+    assert report.checks[-1].found == "skipped: no pairs were given"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return tiny_translation_bundle(tmp_path / "bundle", precision="float32")
+
+
+def test_a_broken_weight_is_found(bundle: Path) -> None:
+    path = bundle / WEIGHTS_FILE
+    values = np.frombuffer(path.read_bytes(), np.float32).copy()
+    values[-CONFIG.width * 20] += 3  # somewhere in the last block
+    path.write_bytes(values.tobytes())
+    assert failed(verified(bundle)) == {"loads"}  # its checksum
+    sign(bundle, WEIGHTS_FILE)
+    assert failed(verified(bundle)) >= {"weights", "logits"}
+
+
+def test_a_renamed_output_is_found(bundle: Path) -> None:
+    def rename(graph: onnx.ModelProto) -> None:
+        node = next(node for node in graph.graph.node if graph.graph.output[0].name in node.output)
+        graph.graph.output[0].name = node.output[0] = "kept"
+
+    change_graph(bundle, rename, "encode.onnx")
+    assert failed(verified(bundle)) == {"loads"}  # the session compares it with the manifest
+    change_manifest(bundle, lambda values: values["graphs"]["encode"]["outputs"][0].update(name="kept"))
+    assert failed(verified(bundle)) >= {"interface", "logits"}
+
+
+@pytest.mark.parametrize(("graph", "checks"), [("encode", "encoded together"), ("decode", "batched")])
+def test_a_frozen_axis_is_found(bundle: Path, graph: str, checks: str) -> None:
+    """Of rows: a source alone, or a token alone, is still computed."""
+
+    def freeze(model: onnx.ModelProto) -> None:
+        for tensor in (*model.graph.input, *model.graph.output):
+            if (shape := tensor.type.tensor_type.shape).dim:
+                shape.dim[0].dim_value = 1
+
+    change_graph(bundle, freeze, f"{graph}.onnx")
+
+    def agree(values: dict) -> None:
+        for tensor in (*values["graphs"][graph]["inputs"], *values["graphs"][graph]["outputs"]):
+            tensor["axes"][:1] = [1] * len(tensor["axes"][:1])
+
+    change_manifest(bundle, agree)
+    assert failed(verified(bundle)) >= {"interface", f"{checks} == alone"}
+
+
+def test_a_swapped_head_is_found_in_the_maps_alone(bundle: Path) -> None:
+    """The graph that tells attention may not tell another one than is paid."""
+
+    def swap(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if node.name == "cross_attention.1")
+        node.output[0] = "paid"
+        for other in model.graph.node:
+            other.input[:] = ["paid" if name == "cross_attention.1" else name for name in other.input]
+        model.graph.node.append(onnx.helper.make_node("Identity", ["decoder_attention.1"], ["cross_attention.1"]))
+
+    change_graph(bundle, swap, "attention.onnx")
+    assert failed(verified(bundle)) == {"attention"}
+
+
+def test_other_logits_beside_the_maps_are_found_in_int8_too(tmp_path: Path) -> None:
+    def negate(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if "logits" in node.output)
+        node.output[list(node.output).index("logits")] = "negative"
+        model.graph.node.append(onnx.helper.make_node("Neg", ["negative"], ["logits"]))
+
+    bundle = tiny_translation_bundle(tmp_path / "bundle")
+    change_graph(bundle, negate, "attention.onnx")
+    assert failed(verified(bundle)) == {"attention"}
+
+
+def test_another_size_in_the_manifest_is_found(bundle: Path) -> None:
+    change_manifest(bundle, lambda values: values["architecture"].update(norm_eps=0.5))
+    assert failed(verified(bundle)) == {"facts"}
+
+
+@pytest.mark.parametrize(("bleu", "passes"), [(39.7, True), (39.69, False)])
+def test_int8_may_lose_three_tenths_of_bleu_on_no_set(bleu: float, passes: bool) -> None:
+    scores = {"gain": {"bleu": 31.0, "bleu_of_checkpoint": 30.0}, "loss": {"bleu": bleu, "bleu_of_checkpoint": 40.0}}
+    assert verify_translator.judged(scores).passed == passes

@@ -1,0 +1,49 @@
+"""A tiny seeded translator of real subwords, and its bundle."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from model.export_decoder import Options
+from model.export_translator import export_translator
+from model.subwords import END_ID, train_subwords
+from model.transformer import EncoderDecoder
+from tests.tiny_translation import CONFIG as TRANSLATION
+from tests.tiny_translation import tiny_translator
+
+SENTENCES = (
+    "A dog runs through the snow.",
+    "Ein Hund rennt durch den Schnee.",
+    "Two children are playing in the garden, and their father reads a book.",
+    "Zwei Kinder spielen im Garten, und ihr Vater liest ein Buch.",
+    "Where is the station? I have lost my way.",
+    "Wo ist der Bahnhof? Ich habe mich verlaufen.",
+)
+CONFIG = replace(TRANSLATION, vocab_size=300, width=32, num_heads=4, num_decoder_layers=2, feed_forward=64)
+
+
+def subwords() -> Tokenizer:
+    """Half of them single bytes, so that any text can be encoded."""
+    return train_subwords(SENTENCES, CONFIG.vocab_size)
+
+
+@torch.no_grad()
+def seeded_translator() -> EncoderDecoder:
+    """Weights large enough that tokens depend on the whole source, vary, and sometimes end; no bias is zero."""
+    model = tiny_translator(CONFIG, seed=5).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter += torch.randn_like(parameter) * 0.2
+        elif parameter is not model.head.weight:
+            parameter *= 2 if "query" in name or "key" in name else 4
+    model.head.weight[END_ID] *= -4  # some sentences end after a few tokens, others go on
+    return model
+
+
+def tiny_translation_bundle(directory: Path, *, precision: str = "int8", id: str = "tiny-translation") -> Path:
+    """Writes a whole bundle of the seeded translator into `directory`, which must not exist, and returns it."""
+    options = Options(id=id, created=1_700_000_000, licence="Apache-2.0", precision=precision)
+    export_translator(CONFIG, seeded_translator(), subwords().to_str(), directory, options)
+    return directory
