@@ -1,6 +1,7 @@
 """The command line and the composition root: the one place that knows which parts make up a process.
 
-`serve` is gateway and gRPC over the models in this process, `worker` gRPC over them, `gateway` HTTP over workers.
+`serve` is gateway and gRPC over the models in this process, `worker` gRPC over them, `gateway` HTTP over workers;
+the commands of service/cli ask a model, here or at a server.
 """
 
 import argparse
@@ -10,18 +11,25 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from service.backend import Backend
+from service.cli.flags import HELP as ASK_HELP
+from service.cli.flags import add_ask_flags
 from service.config import Settings, add_flags, load_settings
-from service.errors import AttndError, ConfigError
+from service.domain import Call
+from service.errors import AttndError, ConfigError, InvalidRequest
 from service.logs import configure_logging, write_request_line
 from service.metrics import Metrics
 from service.observed import Observed
 
 if TYPE_CHECKING:
+    from service.cli.commands import Plan
     from service.worker.local import LocalBackend
 
 GIL_SWITCH_SECONDS = 0.0005  # engine threads hand back results while the event loop is busy; the default is 5 ms
@@ -49,6 +57,7 @@ _FLAGS = {
     "gateway": ("worker", "http_port", *_COMMON, *_LOGS),
     "pull": ("cache",),
     "models": ("models", "cache"),
+    **dict.fromkeys(ASK_HELP, ("api_key", "request_timeout", "threads", "cache")),
 }
 _HELP = {
     "serve": "HTTP and gRPC over the models, in one process",
@@ -56,6 +65,7 @@ _HELP = {
     "gateway": "HTTP over workers: --worker HOST:PORT[,HOST:PORT...]",
     "pull": "make a model ready ahead of its first start, and print where it is",
     "models": "check the bundles and print what is known about each, as JSON",
+    **ASK_HELP,
 }
 
 
@@ -69,7 +79,7 @@ def package_version() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="attnd",
-        description="Serve transformers from ONNX over REST and gRPC.",
+        description="Serve transformers from ONNX over REST and gRPC, and ask them.",
         epilog="Every flag can be given as a variable, ATTND_ and its name in capitals; the flag wins.",
     )
     parser.add_argument("--version", action="version", version=f"attnd {package_version()}")
@@ -81,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "model", help="a shipped model's id, a GGUF file, a directory with safetensors, OWNER/NAME"
             )
+        elif name in ASK_HELP:
+            add_ask_flags(command, name)
     return parser
 
 
@@ -214,10 +226,36 @@ _SERVERS: dict[str, Callable[[Settings], Coroutine[None, None, None]]] = {
 }
 
 
+def _ask(command: str, options: dict[str, Any], settings: Settings) -> None:
+    """Ask a model of a server or of this process, and print what it says."""
+    from service.cli.commands import plan
+
+    url = options.pop("url")
+    model = None if url else options.pop("model", None)
+    configure_logging("warning")
+    asyncio.run(_answer(plan(command, options), url, model, settings))
+
+
+async def _answer(asked: "Plan", url: str | None, model: str | None, settings: Settings) -> None:
+    from service.cli.client import Answers, HttpClient
+
+    backend: Answers
+    if url:
+        backend = HttpClient(url, api_key=settings.api_key)
+    else:
+        from service.cli.local import open_local
+
+        backend = await open_local(settings, model, asked.tasks)
+    call = Call(uuid4().hex, "command line", time.monotonic() + settings.request_timeout)
+    async with aclosing(backend):
+        await asked.run(backend, call)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit status: 0, 2 for a wrong setting, 1 for what cannot be served."""
-    flags = vars(_parser().parse_args(arguments))
-    command, model = flags.pop("command"), flags.pop("model", "")
+    """The console script. Returns the exit status: 0, 2 for a wrong setting or request, 1 for what cannot be served."""
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    flags = {name: options.pop(name) for name in list(options) if hasattr(Settings, name)}
     try:
         settings = load_settings(flags, os.environ)
         configure_logging(settings.log_level)
@@ -226,13 +264,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "models":
             _models(settings)
         elif command == "pull":
-            _pull(model, settings)
+            _pull(options["model"], settings)
+        elif command in ASK_HELP:
+            _ask(command, options, settings)
         else:
             sys.setswitchinterval(GIL_SWITCH_SECONDS)
             _event_loop()(_SERVERS[command](settings))
+    except BrokenPipeError:  # whoever read our output has had enough; what is left of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except (AttndError, OSError) as error:
         print(f"attnd: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, (ConfigError, InvalidRequest)) else 1
     return 0
 
 
