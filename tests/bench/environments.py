@@ -14,6 +14,10 @@ from pathlib import Path
 REQUIREMENTS: Mapping[str, Sequence[Sequence[str]]] = {
     "litserve": (("litserve==0.2.19", "onnxruntime>=1.24,<2", "tokenizers>=0.22,<1"),),
     "bentoml": (("bentoml>=1.4,<2", "onnxruntime>=1.24,<2", "tokenizers>=0.22,<1"),),
+    "ctranslate2": (
+        ("ctranslate2>=4.6,<5", "safetensors>=0.5,<1", "tokenizers>=0.22,<1"),
+        ("fastapi>=0.115,<1", "uvicorn[standard]>=0.34,<1"),
+    ),
     "pipeline": (
         ("torch==2.13.0",),
         ("transformers>=5,<6", "accelerate>=1,<2", "gguf>=0.17,<1", "fastapi>=0.115,<1", "uvicorn[standard]>=0.34,<1"),
