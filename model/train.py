@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -58,7 +58,6 @@ class TrainConfig:
     seed: int = 0
     evaluate_every: int = 500  # updates
     save_every: int = 500  # updates
-    keep: int = 0  # how many of the latest evaluated weights stay as files, to be averaged (`mean_of_kept`)
 
     @classmethod
     def from_json(cls, text: str) -> "TrainConfig":
@@ -153,16 +152,6 @@ class Run:
             parameter.data.copy_(mean)
             mean.copy_(kept)
 
-    def keep(self) -> None:
-        """Writes the weights as they are, and removes the oldest of those written before."""
-        if not self.config.keep:
-            return
-        folder = self.directory / "kept"
-        folder.mkdir(exist_ok=True)
-        save_model(self.model, str(folder / f"{self.step:07d}.safetensors"))
-        for path in sorted(folder.glob("*.safetensors"))[: -self.config.keep]:
-            path.unlink()
-
     def state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, and that does not follow from the configuration and the step."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -234,10 +223,9 @@ def train(run: Run, evaluate: Callable[[], Metrics], *, stop_at: int | None = No
 
 
 def evaluated(run: Run, evaluate: Callable[[], Metrics]) -> Metrics:
-    """What `evaluate` says of the average of the weights, which are kept as a file if so configured."""
+    """What `evaluate` says of the average of the weights."""
     run.swap_average()
     scores = evaluate()
-    run.keep()
     run.swap_average()
     run.model.train()
     return scores
@@ -263,12 +251,11 @@ def load_checkpoint(directory: Path, kind: type[M] = Classifier) -> tuple[ModelC
 
 
 @torch.no_grad()
-def mean_of_kept(directory: Path, model: nn.Module) -> None:
-    """Gives the model the mean of the weights that a run kept as files (Vaswani et al. 2017, section 6.1)."""
-    paths = sorted((directory / "kept").glob("*.safetensors"))
+def load_mean(model: nn.Module, paths: Sequence[Path]) -> None:
+    """Gives the model the mean of the weights in some checkpoints (Vaswani et al. 2017, section 6.1)."""
     sums = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for path in paths:
-        load_model(model, path)
+        load_model(model, path / "model.safetensors")
         for total, parameter in zip(sums, model.parameters(), strict=True):
             total += parameter
     for total, parameter in zip(sums, model.parameters(), strict=True):

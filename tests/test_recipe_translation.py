@@ -15,7 +15,7 @@ from model.transformer import EncoderDecoder
 from model.translate import translate
 
 SMALL = {"vocab_size": 330, "width": 16, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1, "feed_forward": 16}
-SHORT = {"epochs": 1, "batch_size": 300, "last_update": 2, "evaluate_every": 1, "save_every": 1, "keep": 2}
+SHORT = {"epochs": 1, "batch_size": 300, "last_update": 2, "evaluate_every": 1, "save_every": 1}
 NOUNS = {"man": "Mann", "dog": "Hund", "child": "Kind", "girl": "Mädchen", "boy": "Junge"}
 VERBS = {"plays": "spielt", "sleeps": "schläft", "runs": "läuft", "sings": "singt", "waits": "wartet"}
 
@@ -40,8 +40,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         replace(
             plan,
             model=replace(plan.model, **SMALL),
-            plain=replace(plan.plain, **SHORT),
-            paired=replace(plan.paired, **SHORT),
+            stages=tuple(replace(stage, train=replace(stage.train, **SHORT)) for stage in plan.stages),
             num_variants=2,
         )
         for plan in translation.PLANS
@@ -70,12 +69,24 @@ def test_all_stages_run_and_a_second_call_does_nothing(
         },
     }
     assert "tok:none" in facts["captions"]["test"]["test_2016_flickr"]["bleu"]["signature"]
-    lines = read_metrics(tmp_path / "run" / "everyday-paired" / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "run" / "everyday-plain" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert {"captions_bleu", "everyday_bleu"} <= lines[0].keys()
     written = (everyday / "model.safetensors").stat().st_mtime_ns
     translation.main()
     assert (everyday / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_stage_goes_on_from_the_one_before(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*arguments, "--plan", "captions"])
+    translation.main()
+    folders = [tmp_path / "run" / f"captions-{stage}" for stage in ("plain", "annealed")]
+    (plain, before), (annealed, after) = (load_checkpoint(folder, EncoderDecoder) for folder in folders)
+    assert (plain.dropout, annealed.dropout) == (0.3, 0.2)
+    furthest = max((new - old).abs().max() for new, old in zip(after.parameters(), before.parameters(), strict=True))
+    assert furthest < 0.02  # two updates; from another seed it would be a whole embedding
 
 
 def test_nothing_that_is_held_out_is_trained_on(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

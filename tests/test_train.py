@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from model.config import ModelConfig
@@ -18,14 +18,7 @@ from model.evaluate import accuracy, predict
 from model.objective import translation_loss
 from model.optimizer import learning_rate_scale, parameter_groups
 from model.pairs import EncodedPairs, Ragged, Variants
-from model.train import (
-    Run,
-    TrainConfig,
-    load_checkpoint,
-    mean_of_kept,
-    save_checkpoint,
-    train,
-)
+from model.train import Run, TrainConfig, load_checkpoint, load_mean, save_checkpoint, train
 from model.transformer import Classifier, EncoderDecoder
 from tests.tiny_translation import CONFIG as TRANSLATOR
 from tests.tiny_translation import tiny_translator
@@ -57,7 +50,6 @@ TRANSLATING = TrainConfig(
     average_every=1,
     evaluate_every=3,
     save_every=4,
-    keep=2,
 )
 
 
@@ -121,7 +113,7 @@ def test_a_state_that_does_not_know_a_newer_field_has_its_default(tmp_path: Path
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     config = json.loads(metadata["config"])
-    del config["schedule"], config["beta2"], config["keep"]
+    del config["schedule"], config["beta2"]
     save_file(load_file(path), path, metadata=metadata | {"config": json.dumps(config)})
     run = make_run(tmp_path)
     assert run.resume()
@@ -229,13 +221,13 @@ def make_translation_run(directory: Path, config: TrainConfig = TRANSLATING) -> 
     lists = [[*torch.randint(3, 40, (1 + index % 7,), generator=draw).tolist(), 2] for index in range(60)]
     corpora = [EncodedPairs(Ragged.of(lists[at:][:20]), Ragged.of(lists[at + 20 :][:20])) for at in (0, 20)]
     corpora.append(EncodedPairs(Ragged.of(lists), Ragged.of(lists)))
-    loss = partial(translation_loss, pad_id=0, smoothing=0.1, consistency=1.0)
+    loss = partial(translation_loss, pad_id=0, smoothing=0.1)
     return Run(directory, tiny_translator(), config, examples=Variants(corpora, 1), pad_id=0, loss=loss)
 
 
 @pytest.mark.parametrize("stop_at", [4, 9])
 def test_a_resumed_translation_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, stop_at: int) -> None:
-    """Epochs of different numbers of batches, and what was kept for averaging too."""
+    """Epochs of different numbers of batches."""
     whole = make_translation_run(tmp_path / "whole")
     assert len({len(whole.epoch(number)) for number in range(4)}) > 1
     train(whole, no_scores)
@@ -245,26 +237,18 @@ def test_a_resumed_translation_run_is_bit_equal_to_an_uninterrupted_one(tmp_path
     train(resumed, no_scores)
     assert resumed.step == whole.step == whole.total
     assert_same_weights(resumed.model, whole.model)
-    for run in (whole, resumed):
-        mean_of_kept(run.directory, run.model)
-    assert_same_weights(resumed.model, whole.model)
 
 
-def test_the_latest_evaluated_weights_are_kept_and_averaged(tmp_path: Path) -> None:
-    run = make_translation_run(tmp_path)
-    seen: list[dict[str, torch.Tensor]] = []
-
-    def look() -> dict[str, float]:
-        seen.append({name: parameter.detach().clone() for name, parameter in run.model.named_parameters()})
-        return {"validation_bleu": float(len(seen))}
-
-    train(run, look)
-    assert len(seen) > 2
-    mean_of_kept(tmp_path, run.model)
-    for name, parameter in run.model.named_parameters():
-        torch.testing.assert_close(parameter, (seen[-1][name] + seen[-2][name]) / 2)
-        assert not torch.equal(seen[-1][name], seen[-2][name])
-    assert len(list((tmp_path / "kept").iterdir())) == 2
+def test_the_mean_of_checkpoints(tmp_path: Path) -> None:
+    models = [tiny_translator(seed=seed) for seed in (1, 2)]
+    for number, model in enumerate(models):
+        (tmp_path / str(number)).mkdir()
+        save_model(model, str(tmp_path / str(number) / "model.safetensors"))
+    mean = tiny_translator(seed=3)
+    load_mean(mean, [tmp_path / "0", tmp_path / "1"])
+    for ours, *each in zip(*(model.parameters() for model in (mean, *models)), strict=True):
+        torch.testing.assert_close(ours, sum(each) / 2)
+    assert mean.head.weight is mean.encoder.stack.embedding.token.weight
 
 
 def test_the_second_moment_decays_as_configured(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@
 raw text and gives raw text, and learns from Tatoeba too. Each stage has its own folder under --out; a stage that is
 done is skipped, one that was interrupted resumes:
   NAME-subwords  the joint vocabulary, and random segmentations of the training pairs
-  NAME-plain     cross-entropy, the rate falling with the inverse square root
-  NAME-paired    trained on, two passes of each batch made consistent (R-Drop, Liang et al. 2021), the rate falling to 0
-  NAME           the mean of the last weights that `paired` kept, and its scores
+  NAME-plain     cross-entropy
+  NAME-annealed  captions only: trained on with less dropout, the rate falling to 0
+  NAME-again     captions only: the same once more
+  NAME           the mean of what the last stages ended with, and its scores
+Each stage ends with the moving average of its weights.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 from tokenizers import Tokenizer
 
 from model.config import ModelConfig
@@ -30,17 +33,25 @@ from model.pairs import Pair, Variants
 from model.recipes.translation_corpora import Corpus, captions_corpus, everyday_corpus
 from model.search import beam
 from model.subwords import PAD_ID, START_ID, encode_pairs, load_encoded, load_subwords, save_encoded, train_subwords
-from model.train import Run, TrainConfig, load_checkpoint, mean_of_kept, save_checkpoint, train
+from model.train import Run, TrainConfig, load_checkpoint, load_mean, save_checkpoint, train
 from model.transformer import EncoderDecoder
 from model.translate import translate
 
 BPE_DROPOUT = 0.1
 SMOOTHING = 0.1
-CONSISTENCY = 5.0
 BEAMS = 5
 PENALTIES = (0.6, 1.0, 1.4)  # of the length; chosen on validation
 DATA_HELP = """folder with multi30k/{train,val,test_2016_flickr}.{en,de}, the same as .lc.norm.tok.{en,de}
 (github.com/multi30k/dataset, task 1), and tatoeba/train.tsv, English TAB German (manythings.org/anki)"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run, from where the one before ended."""
+
+    name: str
+    dropout: float
+    train: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -49,12 +60,13 @@ class Plan:
 
     name: str
     model: ModelConfig
-    plain: TrainConfig
-    paired: TrainConfig
+    stages: tuple[Stage, ...]
+    num_averaged: int  # stages, counted from the last, the mean of whose final weights is the result
     num_variants: int  # segmentations of the training pairs, taken in turn
 
-    def stages(self) -> tuple[str, ...]:
-        return (f"{self.name}-subwords", f"{self.name}-plain", f"{self.name}-paired", self.name)
+    def folders(self) -> list[str]:
+        """Where the vocabulary, each stage and the result are."""
+        return [f"{self.name}-{name}" for name in ("subwords", *(stage.name for stage in self.stages))] + [self.name]
 
 
 TINY = ModelConfig(
@@ -71,47 +83,49 @@ TINY = ModelConfig(
     activation="relu",
     has_embedding_norm=False,
     scale_embeddings=True,
-    dropout=0.3,
     attention_dropout=0.1,
     pad_id=PAD_ID,
+)
+PLAIN = TrainConfig(
+    learning_rate=4e-3,
+    epochs=40,
+    batch_size=4000,
+    schedule="inverse-sqrt",
+    warmup=0.2,
+    beta2=0.98,
+    average=0.99,
+    precision="bfloat16",
+    seed=1,
+    evaluate_every=300,
+    save_every=150,
+)
+ANNEALED = replace(
+    PLAIN, learning_rate=1.8e-3, epochs=24, schedule="linear", warmup=0.01, average=0.98, seed=3, save_every=100
+)
+AGAIN = replace(ANNEALED, learning_rate=1.2e-3, epochs=11, seed=4, evaluate_every=600)
+SHORT = replace(
+    PLAIN,
+    learning_rate=2e-3,
+    epochs=3,
+    batch_size=3000,
+    schedule="linear",
+    warmup=0.1,
+    average=0.98,
+    evaluate_every=1000,
+    save_every=100,
 )
 CAPTIONS = Plan(
     name="captions",
     model=TINY,
-    plain=TrainConfig(
-        learning_rate=4e-3,
-        epochs=40,
-        batch_size=4000,
-        schedule="inverse-sqrt",
-        warmup=0.2,
-        beta2=0.98,
-        average=0.99,
-        precision="bfloat16",
-        seed=1,
-        evaluate_every=300,
-        save_every=150,
-        keep=10,
-    ),
-    paired=TrainConfig(
-        learning_rate=2e-3,
-        epochs=20,
-        batch_size=4000,
-        warmup=0.02,
-        beta2=0.98,
-        average=0.98,
-        precision="bfloat16",
-        seed=2,
-        evaluate_every=200,
-        save_every=50,
-        keep=5,
-    ),
+    stages=(Stage("plain", 0.3, PLAIN), Stage("annealed", 0.2, ANNEALED), Stage("again", 0.2, AGAIN)),
+    num_averaged=2,
     num_variants=16,
 )
 EVERYDAY = Plan(
     name="everyday",
-    model=replace(TINY, vocab_size=8000, width=256, num_layers=6, num_decoder_layers=2, feed_forward=1024, dropout=0.2),
-    plain=replace(CAPTIONS.plain, learning_rate=1.5e-3, epochs=14, batch_size=6000, evaluate_every=500, save_every=50),
-    paired=replace(CAPTIONS.paired, learning_rate=6e-4, epochs=3, batch_size=6000, save_every=25),
+    model=replace(TINY, vocab_size=8000, width=256, num_decoder_layers=2, feed_forward=768),
+    stages=(Stage("plain", 0.1, SHORT),),
+    num_averaged=1,
     num_variants=8,
 )
 PLANS = (CAPTIONS, EVERYDAY)
@@ -148,50 +162,45 @@ def scores(model: EncoderDecoder, tokenizer: Tokenizer, corpus: Corpus, **how: A
     return found
 
 
-def train_plain(plan: Plan, out: Path, corpus: Corpus) -> None:
-    torch.manual_seed(plan.plain.seed)
-    model = EncoderDecoder(plan.model)
+def train_stage(plan: Plan, number: int, out: Path, corpus: Corpus) -> None:
+    subwords, *earlier = (out / name for name in plan.folders()[: number + 1])
+    stage, tokenizer = plan.stages[number], subwords / "tokenizer.json"
+    torch.manual_seed(stage.train.seed)
+    config = replace(plan.model, dropout=stage.dropout)
+    model = EncoderDecoder(config)
     initialise(model)
-    train_stage(plan, out, corpus, model, plan.plain, "plain", consistency=0.0)
-
-
-def train_paired(plan: Plan, out: Path, corpus: Corpus) -> None:
-    _, model = load_checkpoint(out / f"{plan.name}-plain", EncoderDecoder)
-    train_stage(plan, out, corpus, model, plan.paired, "paired", consistency=CONSISTENCY)
-
-
-def train_stage(
-    plan: Plan, out: Path, corpus: Corpus, model: EncoderDecoder, schedule: TrainConfig, stage: str, consistency: float
-) -> None:
-    folder, subwords = out / f"{plan.name}-{stage}", out / f"{plan.name}-subwords"
-    loss = partial(translation_loss, pad_id=PAD_ID, smoothing=SMOOTHING, consistency=consistency)
-    run = Run(folder, model, schedule, examples=read_variants(subwords), pad_id=PAD_ID, loss=loss)
-    score = scorer(model, load_subwords(subwords / "tokenizer.json"), corpus)
+    if earlier:
+        load_model(model, earlier[-1] / "model.safetensors")
+    loss = partial(translation_loss, pad_id=PAD_ID, smoothing=SMOOTHING)
+    folder = out / plan.folders()[number + 1]
+    run = Run(folder, model, stage.train, examples=read_variants(subwords), pad_id=PAD_ID, loss=loss)
+    score = scorer(model, load_subwords(tokenizer), corpus)
     train(run, score)
-    facts = {"train": asdict(schedule), "updates": run.step, "consistency": consistency, "scores": score()}
-    save(folder, plan, corpus, model, facts, subwords / "tokenizer.json")
+    facts = {"train": asdict(stage.train), "updates": run.step, "scores": score()}
+    save(folder, config, corpus, model, facts, tokenizer)
 
 
 def save(
-    folder: Path, plan: Plan, corpus: Corpus, model: EncoderDecoder, facts: dict[str, Any], tokenizer: Path
+    folder: Path, config: ModelConfig, corpus: Corpus, model: EncoderDecoder, facts: dict[str, Any], tokenizer: Path
 ) -> None:
     told = {"recipe": "model.recipes.translation", "data": corpus.data, "smoothing": SMOOTHING, **facts}
-    save_checkpoint(folder, plan.model, model, tokenizer=tokenizer, provenance=told | {"bpe_dropout": BPE_DROPOUT})
+    save_checkpoint(folder, config, model, tokenizer=tokenizer, provenance=told | {"bpe_dropout": BPE_DROPOUT})
 
 
 def conclude(plan: Plan, out: Path, corpus: Corpus) -> None:
     """Averages, chooses the length penalty on validation, scores the test sets once, and prints the figures."""
-    folder, paired = out / plan.name, out / f"{plan.name}-paired"
-    _, model = load_checkpoint(paired, EncoderDecoder)
-    mean_of_kept(paired, model)
-    tokenizer = load_subwords(paired / "tokenizer.json")
+    *before, result = (out / name for name in plan.folders())
+    ends = before[-plan.num_averaged :]
+    config, model = load_checkpoint(ends[-1], EncoderDecoder)
+    load_mean(model, ends)
+    tokenizer = load_subwords(ends[-1] / "tokenizer.json")
     found = {penalty: scores(model, tokenizer, corpus, search=searching(penalty)) for penalty in PENALTIES}
     penalty = max(found, key=lambda key: sum(score.value for score in found[key].values()))
     facts: dict[str, Any] = {"num_beams": BEAMS, "length_penalty": penalty}
     facts["validation"] = {key: {name: value._asdict() for name, value in each.items()} for key, each in found.items()}
     facts["test"] = test_scores(model, tokenizer, corpus, penalty)
     print(json.dumps(facts, indent=2))
-    save(folder, plan, corpus, model, facts, paired / "tokenizer.json")
+    save(result, config, corpus, model, facts, ends[-1] / "tokenizer.json")
 
 
 def searching(penalty: float) -> Callable[..., list[list[int]]]:
@@ -216,19 +225,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/translation"))
     parser.add_argument("--data", type=Path, required=True, help=DATA_HELP)
     parser.add_argument("--plan", choices=[plan.name for plan in PLANS], help="default: both")
-    stages = [stage for plan in PLANS for stage in plan.stages()]
+    stages = [name for plan in PLANS for name in plan.folders()]
     parser.add_argument("--stage", choices=stages, help="default: all that are not done")
     parser.add_argument("--threads", type=int, help="default: as torch chooses")
     return parser.parse_args()
 
 
 def run_plan(plan: Plan, out: Path, corpus: Corpus, stage: str | None) -> None:
-    first, *rest = plan.stages()
+    first, *trained, last = plan.folders()
     if stage in (None, first):
         make_subwords(out / first, corpus.training, plan)
-    for name, work in zip(rest, (train_plain, train_paired, conclude), strict=True):
+    works = [(name, partial(train_stage, plan, number)) for number, name in enumerate(trained)]
+    for name, work in [*works, (last, partial(conclude, plan))]:
         if stage in (None, name) and not (out / name / "train.json").exists():
-            work(plan, out, corpus)
+            work(out, corpus)
 
 
 def main() -> None:
@@ -236,7 +246,7 @@ def main() -> None:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     for plan, read in zip(PLANS, (captions_corpus, everyday_corpus), strict=True):
-        if flags.plan in (None, plan.name) and flags.stage in (None, *plan.stages()):
+        if flags.plan in (None, plan.name) and flags.stage in (None, *plan.folders()):
             run_plan(plan, flags.out, read(flags.data), flags.stage)
 
 

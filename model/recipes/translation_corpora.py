@@ -7,6 +7,9 @@ from model.pairs import Pair, folded, read_pairs, read_parallel, split_by_source
 
 NUM_HELD = 1000  # everyday sentences for validation, and as many for the final figure
 
+MULTI30K = "Multi30k task 1: captions of Flickr30k and translations, for research"
+TATOEBA = "Tatoeba through manythings.org, CC-BY 2.0"
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -28,7 +31,7 @@ def read_captions(folder: Path, form: str) -> dict[str, list[Pair]]:
 def captions_corpus(folder: Path) -> Corpus:
     pairs = read_captions(folder / "multi30k", ".lc.norm.tok")
     held = {"test_2016_flickr": pairs["test_2016_flickr"]}
-    return Corpus(pairs["train"], {"validation": pairs["val"]}, held, "none", ("Multi30k",))
+    return Corpus(pairs["train"], {"validation": pairs["val"]}, held, "none", (MULTI30K,))
 
 
 def everyday_corpus(folder: Path) -> Corpus:
@@ -40,4 +43,4 @@ def everyday_corpus(folder: Path) -> Corpus:
     test = {"test_2016_flickr": captions["test_2016_flickr"], "everyday_test": first[NUM_HELD:]}
     barred = {folded(pair.source) for pairs in (*validation.values(), *test.values()) for pair in pairs}
     training = [pair for pair in rest + 2 * captions["train"] if folded(pair.source) not in barred]
-    return Corpus(training, validation, test, "13a", ("Multi30k", "Tatoeba"))
+    return Corpus(training, validation, test, "13a", (MULTI30K, TATOEBA))
