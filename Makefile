@@ -17,7 +17,7 @@ SERVING := $(VENV)/.installed-serving
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check proto train-sentiment train-translation export-sentiment export-chat export-translation bench-classify bench-generate bench-translate compose-test clean
+.PHONY: help serve test check proto train-sentiment train-translation export-sentiment export-chat export-translation bench-classify bench-generate bench-translate bench-attention compose-test clean
 
 help:  ## list the verbs
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ bench-generate: $(DEV)  ## measure `chat` beside its peers; the last line is JSO
 
 bench-translate: $(DEV)  ## measure `translation` beside its peers; the last line is JSON
 	$(BIN)/python -m tests.bench.translate $(ARGS)
+
+bench-attention: $(DEV)  ## measure what attention maps cost beside plain requests
+	$(BIN)/python -m tests.bench.attention $(ARGS)
 
 compose-test: $(DEV)  ## build the images, bring them up, classify, scrape, tear down
 	COMPOSE="$(COMPOSE)" $(BIN)/python deploy/compose_test.py

@@ -165,7 +165,13 @@ async def process_of(served: wire.Served, *arguments: str) -> asyncio.subprocess
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "service", *arguments, f"--url=http://127.0.0.1:{served.port}"),
         cwd=ROOT, env=environment(), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        preexec_fn=heed_ctrl_c,
     )  # fmt: skip
+
+
+def heed_ctrl_c() -> None:
+    """A shell's background job ignores SIGINT, and hands that down: to these tests, if they are one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 async def test_ctrl_c_abandons_the_request(backend, served):
