@@ -14,7 +14,7 @@ from browser import CHROMIUM, Opened, answer, fill_all, launched, opened
 from playwright.async_api import Page
 from reached import array_of, call, serving
 
-from service.domain import AttentionRequest, GenerateOptions, ModelInfo, TextInput
+from service.domain import AttentionMaps, AttentionRequest, GenerateOptions, ModelInfo, TextInput
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -219,6 +219,12 @@ async def test_a_decoder_s_own_maps_are_shown(page: Page, models: Any) -> None:
             await at.text(f"#panel-attention .keys .token >> nth={key}").to_have_attribute("data-weight", shown)
 
 
+def labelled(truth: AttentionMaps, target: str) -> str:
+    """How the page writes the first token of a translation."""
+    first = truth.target_tokens[1]
+    return target[first.start : first.end].strip() or first.text
+
+
 async def test_a_translation_and_its_own_alignment_are_shown(page: Page, models: Any) -> None:
     async with opened(page, models) as at:
         await at.show("translation")
@@ -233,6 +239,9 @@ async def test_a_translation_and_its_own_alignment_are_shown(page: Page, models:
         )
         await at.text("#panel-translation .queries .token").to_have_count(len(truth.target_tokens))
         await at.text("#panel-translation .keys .token").to_have_count(len(truth.tokens))
+        if len(truth.target_tokens) > 1:  # a row is shown beside the token that it chose
+            await at.text("#panel-translation .queries .token >> nth=0").to_have_text(labelled(truth, asked["target"]))
+        await at.text("#panel-translation .queries .token >> nth=-1").to_have_text("(end)")
         weights = array_of(truth.maps[-1])[0][1]
         await at.page.hover("#panel-translation .queries .token >> nth=1")
         best = int(weights.argmax())

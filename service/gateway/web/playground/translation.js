@@ -1,7 +1,7 @@
 // A translation, streamed, and where each of its words comes from, if the server can say.
 import {ask, isAbort, Latest, stream} from "./api.js";
 import {element, fillModels, say} from "./dom.js";
-import {axes, headOf, readable, unpack} from "./maps.js";
+import {headOf, readable, unpack} from "./maps.js";
 import {mapView} from "./mapview.js";
 import {requestBox} from "./request.js";
 import {Stopwatch} from "./stopwatch.js";
@@ -67,7 +67,8 @@ export function translationPanel(panel, models, can) {
   return {open() {}};
 }
 
-// The decoder's attention to the source, the mean over its heads: rows are what was written, columns what was read.
+// The decoder's attention to the source, the mean over its heads: columns are what was read, rows what was written. A
+// map's row is where the decoder looked as it read a token, to choose the next one: that one is shown beside it.
 function alignmentBox(box) {
   const select = box.querySelector("select"), error = box.querySelector(".error");
   const view = mapView(box.querySelector(".map"), {queries: "Translation", keys: "Source"});
@@ -76,7 +77,8 @@ function alignmentBox(box) {
 
   function draw() {
     const map = maps[select.selectedIndex];
-    view.show({...axes(map, reply), values: headOf(map, 0), rows: map.rows, columns: map.columns});
+    const queries = [...reply.target_tokens.slice(1), END];
+    view.show({keys: reply.tokens, queries, values: headOf(map, 0), rows: map.rows, columns: map.columns});
   }
 
   select.onchange = draw;
@@ -109,4 +111,5 @@ function alignmentBox(box) {
   };
 }
 
+const END = {text: "(end)", special: true}; // what ended the translation is not among a reply's tokens
 const layerName = ({layer}) => (layer === null ? "all" : String(layer));
