@@ -237,7 +237,7 @@ async def test_a_translation_streams_and_is_aligned(at: Opened) -> None:
     await at.page.hover(".alignment .queries .token >> nth=2")
     weight = weights_of(5, 5, 7, 7)[2][3]
     await at.text(".alignment .keys .token >> nth=3").to_have_attribute("data-weight", f"{weight:.2f}")
-    await at.text(".alignment .readout").to_contain_text("“two” looks at")
+    await at.text(".alignment .readout").to_contain_text("“three” looks at")  # what was chosen while "two" was read
     await at.page.select_option(".alignment select", "1")
     await at.page.hover(".alignment .queries .token >> nth=4")
     weight = weights_of(1, 1, 7, 7)[4][5]
