@@ -161,17 +161,19 @@ def test_a_model_of_this_process_answers():
     assert done.stderr == ""
 
 
+# A shell's background job ignores SIGINT and hands that down: to these tests, if they are one, and to what they start.
+HEEDING_CTRL_C = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("service", run_name="__main__")
+"""
+
+
 async def process_of(served: wire.Served, *arguments: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "service", *arguments, f"--url=http://127.0.0.1:{served.port}"),
+        *(sys.executable, "-c", HEEDING_CTRL_C, *arguments, f"--url=http://127.0.0.1:{served.port}"),
         cwd=ROOT, env=environment(), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        preexec_fn=heed_ctrl_c,
     )  # fmt: skip
-
-
-def heed_ctrl_c() -> None:
-    """A shell's background job ignores SIGINT, and hands that down: to these tests, if they are one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 async def test_ctrl_c_abandons_the_request(backend, served):
