@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from service.errors import BundleError, ConfigError
 from service.worker import session as session_module
 from service.worker.bundle import GraphSpec, TensorSpec
-from service.worker.machine import available_threads
+from service.worker.machine import available_threads, has_vnni
 from service.worker.session import Session, available_provider, runtime_facts
 
 SPEC = GraphSpec(
@@ -116,7 +116,7 @@ def test_norms_are_not_fused_with_additions(tmp_path: Path, monkeypatch: pytest.
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     axes: tuple[int | str, ...] = ("batch", "length", 8)
     inputs, outputs = ((TensorSpec(name=name, dtype="float32", axes=axes),) for name in ("x", "y"))
-    options = session_module._options(1, spin=False)
+    options = session_module._options(1, spin=False, saturates=False)
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     monkeypatch.setattr(session_module, "_options", lambda *_, **__: options)
     Session(path, GraphSpec(file=path.name, inputs=inputs, outputs=outputs))
@@ -173,6 +173,53 @@ def test_threads_are_the_affinity_cut_to_the_quota(tmp_path: Path, monkeypatch: 
 
 def test_threads_of_this_machine_are_at_least_one() -> None:
     assert 1 <= available_threads() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", True),
+        ("flags\t\t: fpu avx2 avx_vnni", True),
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("model name\t: avx512_vnni", False),
+    ],
+)
+def test_vnni_is_what_the_processor_says(tmp_path: Path, line: str, expected: bool) -> None:
+    assert has_vnni(limited(tmp_path, {"proc/cpuinfo": f"processor\t: 0\n{line}\n"})) is expected
+
+
+def test_without_a_word_of_the_system_there_is_no_vnni(tmp_path: Path) -> None:
+    assert not has_vnni(tmp_path)
+
+
+@pytest.mark.parametrize("vnni", [has_vnni(), False], ids=["this processor", "without VNNI"])
+def test_products_of_bytes_are_summed_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vnni: bool) -> None:
+    """The greatest there are, which saturate in 16 bits; "without VNNI" shows that the other way is right, too."""
+    monkeypatch.setattr(session_module, "has_vnni", lambda: vnni)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 64])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 32])
+    constants = [
+        numpy_helper.from_array(np.full((64, 32), 127, np.int8), "weight"),
+        numpy_helper.from_array(np.float32(1), "step"),
+        numpy_helper.from_array(np.uint8(0), "zero"),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["codes"]),
+        helper.make_node(
+            "MatMulIntegerToFloat", ["codes", "weight", "step", "step", "zero"], ["y"], domain="com.microsoft"
+        ),
+    ]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    made = helper.make_graph(nodes, "product", [x], [y], constants)
+    onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=10), tmp_path / "product.onnx")
+    spec = GraphSpec(
+        file="product.onnx",
+        inputs=(TensorSpec(name="x", dtype="float32", axes=("rows", 64)),),
+        outputs=(TensorSpec(name="y", dtype="float32", axes=("rows", 32)),),
+    )
+    for num_rows in (1, 3, 16):
+        (product,) = Session(tmp_path / "product.onnx", spec).run({"x": np.full((num_rows, 64), 255, np.float32)})
+        np.testing.assert_array_equal(product, np.full((num_rows, 32), 64 * 255 * 127, np.float32))
 
 
 def test_runtime_facts_name_the_version() -> None:

@@ -1,8 +1,10 @@
-"""What this process may use of the machine: threads and memory, cut to what its container allows."""
+"""What this process may use of the machine: threads and memory, cut to what its container allows, and instructions."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+VNNI = frozenset({"avx512_vnni", "avx_vnni"})  # as Linux calls them
 
 
 def available_threads(root: Path = Path("/")) -> int:
@@ -63,6 +65,12 @@ def _container(root: Path) -> Iterator[int]:
             limit, used = _read(group / "memory.max").strip(), _read(group / "memory.current").strip()
             if limit.isdigit() and used.isdigit():
                 yield max(0, int(limit) - int(used))
+
+
+def has_vnni(root: Path = Path("/")) -> bool:
+    """Whether an x86 processor has instructions that sum products of bytes in 32 bits; False where nothing says so."""
+    lines = _read(root / "proc/cpuinfo").splitlines()
+    return any(line.startswith("flags") and not VNNI.isdisjoint(line.split()) for line in lines)
 
 
 def _read(path: Path) -> str:

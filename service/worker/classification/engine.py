@@ -58,7 +58,13 @@ class ClassificationEngine:
         self.num_layers = sum(name.startswith(attention_output(0)[:-1]) for name in axes)  # 0: the bundle tells none
         self.num_heads = int(axes[attention_output(0)][1]) if self.num_layers else 0
         self._session = Session(
-            bundle.graph_path(GRAPH), spec, threads=threads, provider=provider, fallback=fallback, spin=spin
+            bundle.graph_path(GRAPH),
+            spec,
+            threads=threads,
+            provider=provider,
+            fallback=fallback,
+            spin=spin,
+            seven_bits=True,  # as model.quantize makes them
         )
 
     def logits(self, batch: Sequence[Tokens]) -> NDArray[np.float32]:
