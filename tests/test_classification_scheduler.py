@@ -38,6 +38,26 @@ def test_a_batch_is_capped_by_padded_tokens_but_never_empty() -> None:
     assert drain(scheduler) == [[(job, 0), (job, 1)], [(job, 2)], [(job, 3)]]
 
 
+def test_what_waits_is_shared_out_between_the_threads_in_batches_worth_their_while() -> None:
+    scheduler = Scheduler(max_batch_tokens=384, max_waiting=16, num_threads=2)
+    for _ in range(16):
+        make_job(scheduler, 32)
+    assert [len(batch) for batch in drain(scheduler)] == [8, 4, 4]  # halves, down to MIN_SHARE_TOKENS
+
+
+def test_the_share_counts_all_lengths() -> None:
+    scheduler = Scheduler(max_batch_tokens=384, max_waiting=16, num_threads=2)
+    make_job(scheduler, *[32] * 6)
+    make_job(scheduler, *[64] * 3)
+    assert [len(batch) for batch in drain(scheduler)] == [6, 2, 1]
+
+
+def test_a_share_is_capped_as_any_batch() -> None:
+    scheduler = Scheduler(max_batch_tokens=96, max_waiting=16, num_threads=2)
+    make_job(scheduler, *[32] * 8)
+    assert [len(batch) for batch in drain(scheduler)] == [3, 3, 2]
+
+
 def test_a_long_list_does_not_hold_up_later_requests() -> None:
     scheduler = Scheduler(max_batch_tokens=16, max_waiting=200)
     make_job(scheduler, *[8] * 100)

@@ -163,6 +163,13 @@ async def test_what_waits_runs_in_one_batch(make: Make, engine: FakeEngine) -> N
     await backend.aclose()
 
 
+async def test_two_engine_threads_share_what_waits(make: Make, engine: FakeEngine) -> None:
+    backend = await started(make(num_threads=2))
+    await backend.classify(request(*["good"] * 32), call())
+    assert sorted(len(batch) for batch in engine.batches) == [8, 8, 16]
+    await backend.aclose()
+
+
 async def test_a_long_text_is_cut_and_reported_or_refused(backend: LocalBackend) -> None:
     text = " ".join(["good"] * 50)
     result = await backend.classify(request(text, "bad"), call())

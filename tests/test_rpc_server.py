@@ -15,6 +15,7 @@ from rpc import LIMIT, SERVICE, Running, Start, details_of, failure_of
 
 from service.domain import TextInput
 from service.errors import Overloaded, Unavailable
+from service.rpc import core
 from service.rpc.pb.attnd.v1 import inference_pb2 as pb
 
 
@@ -147,6 +148,14 @@ async def test_a_bug_is_internal_and_keeps_its_secrets(running: Running, backend
     assert failure.code() is grpc.StatusCode.INTERNAL
     assert "hunter2" not in failure.details()
     assert running.count("Classify", "error") == 1
+
+
+async def test_more_calls_than_the_core_was_asked_for_are_open_at_once(running: Running, backend: FakeBackend) -> None:
+    backend.hold()
+    calls = [running.classify("a") for _ in range(3 * core.NUM_REQUESTED)]
+    await until(lambda: backend.num_waiting == len(calls))
+    backend.release()
+    assert {reply.model for reply in await asyncio.gather(*calls)} == {MODEL.id}
 
 
 async def test_an_unknown_method_is_unimplemented(running: Running) -> None:

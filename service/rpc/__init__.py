@@ -1,5 +1,6 @@
 """gRPC <-> domain, in the order a request meets the files.
 
+core.py        gRPC's core on the event loop: a port that accepts calls, a call's messages and its end
 server.py      the process's gRPC port: finds each call's method, and drains
 methods.py     what a method is, whatever carries it
 inference.py   attnd.v1.Inference: its methods, over a Backend

@@ -4,8 +4,8 @@ A transport reads the circumstances of a call into a `Context`, hands each messa
 that kept it from being read, and turns the `AttndError` that a method raises into a status.
 """
 
+import os
 import re
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class Context:
 def request_id_of(metadata: Mapping[str, str]) -> str:
     """The caller's request id where it is a fit one, else a new one."""
     given = metadata.get(REQUEST_ID, "")
-    return given if _REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
+    return given if _REQUEST_ID_FORM.fullmatch(given) else os.urandom(16).hex()
 
 
 @dataclass(frozen=True, slots=True)

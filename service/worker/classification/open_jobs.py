@@ -39,7 +39,7 @@ class OpenJobs:
         self._failure: BaseException | None = None
         self._loop = EngineLoop(
             run,
-            Scheduler(max_batch_tokens=max_batch_tokens, max_waiting=max_waiting),
+            Scheduler(max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, num_threads=num_threads),
             publish=self._publish_from_thread,
             died=self._died_in_thread,
             num_threads=num_threads,
