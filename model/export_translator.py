@@ -2,8 +2,8 @@
 
     python -m model.export_translator runs/translation/everyday --out model/zoo/translation --data FOLDER
 
-The same checkpoint gives the same bytes. Verifies a float32 twin, which must agree with PyTorch to the token, and the
-bundle in int8; what fails is not left behind.
+The same checkpoint and data give the same bytes. Verifies a float32 twin, which must agree with PyTorch to the token,
+and the bundle in int8; what fails is not left behind.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
-from model.export_decoder import Options, graph_spec, manifest, tensors_of
+from model.export_decoder import Options, graph_spec, manifest
+from model.pairs import Pair
 from model.recipes.translation import DATA_HELP
 from model.recipes.translation_corpora import everyday_corpus
 from model.subwords import END_ID, START_ID
@@ -25,7 +26,8 @@ from model.train import load_checkpoint
 from model.transformer import EncoderDecoder
 from model.translator_graph import build_translator
 from model.translator_quality import Sets
-from model.translator_weights import KINDS, WEIGHTS_FILE, translator_pieces
+from model.translator_samples import Samples, read_samples
+from model.translator_weights import WEIGHTS_FILE, translator_pieces
 from model.verify_translator import read_sources, verify_translator
 from service.worker.bundle import MANIFEST, TOKENIZER, Manifest, file_spec
 from service.worker.weights.checkpoint import Text
@@ -35,14 +37,17 @@ CREATED = 1_795_305_600  # 22 November 2026; not a file's time, which a copy cha
 
 
 def export_translator(
-    config: ModelConfig, model: EncoderDecoder, tokenizer: str, out: Path, options: Options
+    config: ModelConfig, model: EncoderDecoder, tokenizer: str, out: Path, options: Options, *, samples: Samples
 ) -> Manifest:
-    """Writes all files (not verified yet) into the new directory `out`. Raises ValueError for what cannot be served."""
+    """Writes all files (not verified yet) into the new directory `out`. Raises ValueError for what cannot be served.
+
+    `samples`: what integers are made for.
+    """
     out.mkdir(parents=True)
-    kind = KINDS[options.precision]
-    places = write_pieces(out / WEIGHTS_FILE, translator_pieces(tensors_of(model), config, kind))
+    parts = translator_pieces(config, model, None if options.precision == "float32" else samples)
+    places = write_pieces(out / WEIGHTS_FILE, parts)
     specs = {}
-    for name, graph in build_translator(config, kind, places=places, file=WEIGHTS_FILE).items():
+    for name, graph in build_translator(config, options.precision, places=places, file=WEIGHTS_FILE).items():
         (out / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
         specs[name] = graph_spec(graph, f"{name}.onnx")
     (out / TOKENIZER).write_text(tokenizer, encoding="utf-8")
@@ -63,17 +68,20 @@ def options(checkpoint: Path, *, id: str, licence: str, created: int = CREATED) 
     )
 
 
-def export_verified(checkpoint: Path, out: Path, chosen: Options, *, sets: Sets) -> bool:
+def export_verified(checkpoint: Path, out: Path, chosen: Options, *, training: Sequence[Pair], sets: Sets) -> bool:
     """Puts the bundle at `out` only if it and its float32 twin pass. Prints every check; says whether all passed."""
     config, model = load_checkpoint(checkpoint, EncoderDecoder)
-    tokenizer, sources = (checkpoint / TOKENIZER).read_text(encoding="utf-8"), read_sources(checkpoint, config, sets)
+    tokenizer = (checkpoint / TOKENIZER).read_text(encoding="utf-8")
+    sources, samples = read_sources(checkpoint, config, sets), read_samples(checkpoint, config, training)
     reports = {}
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         for precision in ("float32", "int8"):
             new = Path(folder) / precision
-            content = export_translator(config, model, tokenizer, new, replace(chosen, precision=precision))
+            content = export_translator(
+                config, model, tokenizer, new, replace(chosen, precision=precision), samples=samples
+            )
             scored = sets if precision == chosen.precision else {}
-            reports[precision] = verify_translator(new, config, model, sources, sets=scored)
+            reports[precision] = verify_translator(new, config, model, sources, samples, sets=scored)
             print(f"{precision}\n{reports[precision].text()}", flush=True)
         passed = all(report.passed for report in reports.values())
         if passed:
@@ -89,14 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the bundle's directory; replaced if it is there")
-    parser.add_argument("--data", type=Path, help=f"for BLEU: {DATA_HELP}")
+    parser.add_argument("--data", type=Path, help=f"for int8 and BLEU: {DATA_HELP}")
     parser.add_argument("--licence", default="Apache-2.0")
     parser.add_argument("--created", type=int, default=CREATED, help="seconds since 1970 that the manifest says")
     flags = parser.parse_args(arguments)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     chosen = options(flags.checkpoint, id=flags.out.name, licence=flags.licence, created=flags.created)
-    sets = everyday_corpus(flags.data).test if flags.data else {}
-    return 0 if export_verified(flags.checkpoint, flags.out, chosen, sets=sets) else 1
+    corpus = everyday_corpus(flags.data) if flags.data else None
+    training, sets = (corpus.training, corpus.test) if corpus else ([], {})
+    return 0 if export_verified(flags.checkpoint, flags.out, chosen, training=training, sets=sets) else 1
 
 
 if __name__ == "__main__":

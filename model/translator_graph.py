@@ -17,14 +17,13 @@ biases, ReLU, sinusoidal positions, one matrix for both embeddings and the head.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from model.config import ModelConfig
-from model.graph_parts import Graph, blocks8, check_supported, embed, finished
+from model.graph_parts import Graph, check_supported, embed, finished
 from service.worker.weights.packing import Place
 
 SUPPORTED = {
@@ -39,26 +38,33 @@ SUPPORTED = {
     "scale_embeddings": True,
     "tie_embeddings": True,
 }
-Kind = Literal["float32", "blocks8"]
 Attend = Callable[[int, str], str]  # layer, projections (B, T, 3W) or queries (B, T, W) -> (B, T, W)
 Interface = tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The model's layers as nodes of a graph; all matrices are of one kind."""
+    """The model's layers as nodes of a graph; all matrices are of one precision, "float32" or "int8"."""
 
     graph: Graph
     config: ModelConfig
-    kind: Kind
+    precision: str
 
     def linear(self, name: str, x: str) -> str:
-        """x (B, T, K) -> (B, T, N)."""
-        bias = self.graph.weight(f"{name}.bias")
-        if self.kind == "blocks8":
-            return blocks8(self.graph, name, x, stored=name, bias=bias)
-        product = self.graph.node("MatMul", [x, self.graph.weight(f"{name}.weight")], f"{name}.product")
-        return self.graph.node("Add", [product, bias], name)
+        """x (B, T, K) -> (B, T, N).
+
+        In integers, the step from one to the next is a constant of the matrix, and sums are exact: a row comes out the
+        same whatever rows stand beside it.
+        """
+        graph = self.graph
+        bias = graph.weight(f"{name}.bias") if f"{name}.bias" in graph.places else ""
+        if self.precision == "float32":
+            product = graph.node("MatMul", [x, graph.weight(f"{name}.weight")], f"{name}.product" if bias else name)
+            return graph.node("Add", [product, bias], name) if bias else product
+        step, middle = graph.weight(f"{name}.step"), graph.weight(f"{name}.middle")
+        codes = graph.node("QuantizeLinear", [x, step, middle], f"{name}.row_codes")
+        inputs = [codes, graph.weight(f"{name}.codes"), step, graph.weight(f"{name}.scales"), middle, "", bias]
+        return graph.node("MatMulIntegerToFloat", inputs, name, contrib=True)
 
     def norm(self, name: str, x: str) -> str:
         inputs = [x, self.graph.weight(f"{name}.weight"), self.graph.weight(f"{name}.bias")]
@@ -93,10 +99,11 @@ class Layers:
             x = self.attention(at, x, attend(layer, qkv))
             query = self.linear(f"{cross}.query", self.norm(f"{cross}.attention_norm", x))
             x = self.feed_forward(at, self.attention(cross, x, attend_memory(layer, query)))
-        x = self.norm("decoder.norm", x)
-        if self.kind == "blocks8":
-            return blocks8(self.graph, "logits", x, stored="embedding")
-        return self.graph.node("MatMul", [x, self.graph.weight("head.weight")], "logits")
+        return self.linear("logits", self.norm("decoder.norm", x))
+
+    def embed(self, name: str, ids: str) -> str:
+        """ids (B, T) -> (B, T, W)."""
+        return embed(self.graph, "float32" if self.precision == "float32" else "blocks8", ids=ids, name=name)
 
     def embedded_from_start(self, name: str, ids: str) -> str:
         """ids (B, T) at positions 0 to T-1 -> (B, T, W)."""
@@ -104,7 +111,7 @@ class Layers:
         length = graph.node("Shape", [ids], f"{name}.length", start=1, end=2)
         bounds = [graph.constant("zero", np.array([0])), length]
         positions = graph.node("Slice", [graph.weight("positions"), *bounds], f"{name}.positions")  # (T, W)
-        tokens = embed(graph, self.kind, ids=ids, name=f"{name}.tokens")
+        tokens = self.embed(f"{name}.tokens", ids)
         return graph.node("Add", [tokens, positions], f"{name}.embedded")
 
     def embedded_at(self, lengths: str) -> str:
@@ -113,7 +120,7 @@ class Layers:
         stored = graph.places["positions"].shape
         table = graph.weight("positions", shape=(stored[0], 1, stored[1]))
         positions = graph.node("Gather", [table, lengths], "decoder.positions")
-        return graph.node("Add", [embed(graph, self.kind, name="decoder.tokens"), positions], "decoder.embedded")
+        return graph.node("Add", [self.embed("decoder.tokens", "ids"), positions], "decoder.embedded")
 
     def memory(self, x: str, names: list[str]) -> None:
         """The encoder's output -> keys and values (B, H, S, D) of all decoder layers, `names`, in one product."""
@@ -260,13 +267,13 @@ def interfaces(config: ModelConfig) -> dict[str, Interface]:
 
 
 def build_translator(
-    config: ModelConfig, kind: Kind, *, places: Mapping[str, Place], file: str
+    config: ModelConfig, precision: str, *, places: Mapping[str, Place], file: str
 ) -> dict[str, onnx.ModelProto]:
     """The graphs by name, whose weights are at `places` in `file`. Raises ValueError for a model of another form."""
     check_supported(config, SUPPORTED)
     built = {}
     for name, (inputs, outputs) in interfaces(config).items():
         graph = Graph(places, file)
-        GRAPHS[name](Layers(graph, config, kind))
+        GRAPHS[name](Layers(graph, config, precision))
         built[name] = finished(graph, name, inputs, outputs)
     return built

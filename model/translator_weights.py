@@ -1,73 +1,118 @@
 """Weights of an encoder-decoder -> the one file that its graphs read, in one order.
 
-Owns the names in the file and what is folded into the weights; how a matrix becomes integers is
-`service.worker.weights.packing`'s.
+Owns the names in the file and what is folded into the weights; how a matrix becomes integers is `quantize`'s, how the
+table does is `service.worker.weights.packing`'s.
+
+A matrix of integers wants inputs of like sizes, so each of its inputs is first multiplied by a number of its own, its
+`smooth`. That costs nothing: whatever makes the inputs is multiplied beforehand. It is a norm, or the matrix before,
+whose outputs come here through weighted sums or rectified, which leaves such a factor what it is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from model.config import ModelConfig
-from model.transformer import sinusoids
-from model.translator_graph import Kind, num_decoder_layers
-from service.worker.weights.packing import Floats, Piece, Tensors, matrix, table
+from model.export_decoder import tensors_of
+from model.quantize import quantize_layer
+from model.transformer import EncoderDecoder, sinusoids
+from model.translator_graph import num_decoder_layers
+from model.translator_samples import Samples, Seen, see
+from service.worker.weights.packing import Floats, Piece, Tensors, table
 
 WEIGHTS_FILE = "translate.data"
-KINDS: Mapping[str, Kind] = {"int8": "blocks8", "float32": "float32"}  # of all matrices, by the bundle's precision
 EMBEDDING = "encoder.stack.embedding.token.weight"
+FEED_FORWARD = ("feed_forward.up", "feed_forward.down")
 
 
-def translator_pieces(tensors: Tensors, config: ModelConfig, kind: Kind) -> Iterator[list[Piece]]:
-    """Everything, a part at a time. `tensors` has the names of model.transformer's EncoderDecoder.
+class Matrix:
+    """Linear layers that read the same input, side by side: K inputs, N outputs."""
 
-    The table holds embeddings that are scaled already. It is the head, too: the last norm takes the scale back.
-    """
-    scale = np.float32(config.width**0.5)
-    embedding = tensors(EMBEDDING) * scale
-    yield [*table(embedding, kind), ("positions", sinusoids(config.max_length, config.width).numpy())]
-    if kind == "float32":
-        yield [("head.weight", embedding.T)]
-    pack = Packing(tensors, kind)
-    for layer in range(config.num_layers):
-        yield list(pack.block(f"encoder.{layer}", f"encoder.stack.blocks.{layer}"))
-    yield list(pack.norm("encoder.norm", "encoder.stack.norm"))
-    layers = [f"decoder.stack.blocks.{layer}" for layer in range(num_decoder_layers(config))]
-    yield list(pack.linear("memory", *(f"{name}.cross.{part}" for name in layers for part in ("key", "value"))))
-    for layer, name in enumerate(layers):
-        yield list(pack.block(f"decoder.{layer}", name))
-        yield list(pack.cross(f"decoder.{layer}.cross", name))
-    yield list(pack.norm("decoder.norm", "decoder.stack.norm", scale=float(scale)))
+    def __init__(self, tensors: Tensors, seen: Seen | None, *layers: str, has_bias: bool = True) -> None:
+        """In integers if `seen` tells what the first of the layers reads."""
+        self.weight = np.concatenate([tensors(f"{layer}.weight") for layer in layers]).T
+        self.bias = np.concatenate([tensors(f"{layer}.bias") for layer in layers]) if has_bias else None
+        self.int8 = None if seen is None else quantize_layer(torch.from_numpy(self.weight.copy()), seen[layers[0]])
+
+    @property
+    def smooth(self) -> Floats:
+        """(K), what the inputs must have been multiplied with."""
+        return np.ones(len(self.weight), np.float32) if self.int8 is None else self.int8.smooth.numpy()
+
+    def pieces(self, name: str, factors: Floats | None = None) -> Iterator[Piece]:
+        """`factors` (N): what the outputs are multiplied with."""
+        factors = np.ones(self.weight.shape[1], np.float32) if factors is None else factors
+        if self.int8 is None:
+            yield f"{name}.weight", self.weight * factors
+        else:
+            yield f"{name}.codes", self.int8.weight.numpy().astype(np.int8)
+            yield f"{name}.scales", self.int8.weight_scale.numpy() * factors
+            yield f"{name}.step", np.array(self.int8.scale, np.float32)
+            yield f"{name}.middle", np.array(self.int8.zero_point, np.uint8)
+        if self.bias is not None:
+            yield f"{name}.bias", self.bias * factors
 
 
+@dataclass(frozen=True)
 class Packing:
-    """The pieces of one model, by their names in the file and in the model."""
+    """The pieces of one model. `tensors` and `seen` go by the names of model.transformer's EncoderDecoder."""
 
-    def __init__(self, tensors: Tensors, kind: Kind) -> None:
-        self.tensors, self.kind = tensors, kind
+    tensors: Tensors
+    seen: Seen | None
 
-    def linear(self, name: str, *layers: str) -> Iterator[Piece]:
-        """Layers that read the same input, side by side."""
-        weight, bias = (self.stacked(layers, part) for part in ("weight", "bias"))
-        yield from matrix(name, weight, self.kind)
-        yield f"{name}.bias", bias
+    def matrix(self, *layers: str, has_bias: bool = True) -> Matrix:
+        return Matrix(self.tensors, self.seen, *layers, has_bias=has_bias)
 
-    def stacked(self, layers: tuple[str, ...], part: str) -> Floats:
-        return np.concatenate([self.tensors(f"{layer}.{part}") for layer in layers])
-
-    def norm(self, name: str, layer: str, *, scale: float = 1) -> Iterator[Piece]:
+    def norm(self, name: str, layer: str, factors: Floats) -> Iterator[Piece]:
         for part in ("weight", "bias"):
-            yield f"{name}.{part}", self.tensors(f"{layer}.{part}") / np.float32(scale)
+            yield f"{name}.{part}", self.tensors(f"{layer}.{part}") * factors
 
     def block(self, name: str, layer: str) -> Iterator[Piece]:
-        yield from self.norm(f"{name}.attention_norm", f"{layer}.attention_norm")
-        yield from self.linear(f"{name}.qkv", *(f"{layer}.attention.{part}" for part in ("query", "key", "value")))
-        yield from self.linear(f"{name}.output", f"{layer}.attention.output")
-        yield from self.norm(f"{name}.feed_forward_norm", f"{layer}.feed_forward_norm")
-        yield from self.linear(f"{name}.up", f"{layer}.feed_forward.up")
-        yield from self.linear(f"{name}.down", f"{layer}.feed_forward.down")
+        """Attention to what is read itself, and the feed-forward."""
+        qkv = self.matrix(*(f"{layer}.attention.{part}" for part in ("query", "key", "value")))
+        output, up, down = map(self.matrix, (f"{layer}.{part}" for part in ("attention.output", *FEED_FORWARD)))
+        queries_and_keys = np.ones(2 * len(output.smooth), np.float32)
+        yield from self.norm(f"{name}.attention_norm", f"{layer}.attention_norm", qkv.smooth)
+        yield from qkv.pieces(f"{name}.qkv", np.concatenate((queries_and_keys, output.smooth)))
+        yield from output.pieces(f"{name}.output")
+        yield from self.norm(f"{name}.feed_forward_norm", f"{layer}.feed_forward_norm", up.smooth)
+        yield from up.pieces(f"{name}.up", down.smooth)
+        yield from down.pieces(f"{name}.down")
 
-    def cross(self, name: str, layer: str) -> Iterator[Piece]:
-        yield from self.norm(f"{name}.attention_norm", f"{layer}.cross_norm")
-        yield from self.linear(f"{name}.query", f"{layer}.cross.query")
-        yield from self.linear(f"{name}.output", f"{layer}.cross.output")
+    def memory(self, layers: list[str]) -> Iterator[Piece]:
+        """All decoder layers' attention to the memory, whose keys and values are one matrix, and the memory's norm."""
+        matrix = self.matrix(*(f"{layer}.cross.{part}" for layer in layers for part in ("key", "value")))
+        outputs = [self.matrix(f"{layer}.cross.output") for layer in layers]
+        keys = np.ones(len(outputs[0].smooth), np.float32)
+        yield from self.norm("encoder.norm", "encoder.stack.norm", matrix.smooth)
+        yield from matrix.pieces("memory", np.concatenate([part for one in outputs for part in (keys, one.smooth)]))
+        for at, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
+            name, query = f"decoder.{at}.cross", self.matrix(f"{layer}.cross.query")
+            yield from self.norm(f"{name}.attention_norm", f"{layer}.cross_norm", query.smooth)
+            yield from query.pieces(f"{name}.query")
+            yield from output.pieces(f"{name}.output")
+
+    def head(self) -> Iterator[Piece]:
+        head = self.matrix("head", has_bias=False)
+        yield from self.norm("decoder.norm", "decoder.stack.norm", head.smooth)
+        yield from head.pieces("logits")
+
+
+def translator_pieces(config: ModelConfig, model: EncoderDecoder, samples: Samples | None) -> Iterator[list[Piece]]:
+    """Everything, a part at a time; in integers if there are samples of what the model reads and writes.
+
+    The table holds embeddings that are scaled already.
+    """
+    tensors, seen = tensors_of(model), None if samples is None else see(model, samples)
+    embeddings = table(tensors(EMBEDDING) * np.float32(config.width**0.5), "float32" if seen is None else "blocks8")
+    yield [*embeddings, ("positions", sinusoids(config.max_length, config.width).numpy())]
+    pack = Packing(tensors, seen)
+    for layer in range(config.num_layers):
+        yield list(pack.block(f"encoder.{layer}", f"encoder.stack.blocks.{layer}"))
+    layers = [f"decoder.stack.blocks.{layer}" for layer in range(num_decoder_layers(config))]
+    yield list(pack.memory(layers))
+    for layer, name in enumerate(layers):
+        yield list(pack.block(f"decoder.{layer}", name))
+    yield list(pack.head())

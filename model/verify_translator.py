@@ -21,15 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.export_decoder import tensor_spec, tensors_of
+from model.export_decoder import tensor_spec
 from model.recipes.translation import DATA_HELP
 from model.recipes.translation_corpora import everyday_corpus
-from model.subwords import END_ID, START_ID, load_subwords
+from model.subwords import START_ID, load_subwords
 from model.train import load_checkpoint
 from model.transformer import EncoderDecoder
 from model.translator_graph import interfaces
 from model.translator_quality import Ids, Logits, Sets, Written, quality, write
-from model.translator_weights import KINDS, WEIGHTS_FILE, translator_pieces
+from model.translator_samples import Samples, random_ids, read_samples
+from model.translator_weights import WEIGHTS_FILE, translator_pieces
 from model.verify import Check, Report, checked
 from model.verify_decoder import facts
 from service.worker.bundle import TOKENIZER, Bundle, file_spec, load_bundle
@@ -59,6 +60,7 @@ class Subject:
     config: ModelConfig
     model: EncoderDecoder
     sources: Sequence[Ids]
+    samples: Samples
 
     @property
     def is_exact(self) -> bool:
@@ -92,12 +94,21 @@ def open_engine(bundle: Bundle, *, threads: int = 1) -> TranslatorEngine:
 
 
 def verify_translator(
-    directory: Path, config: ModelConfig, model: EncoderDecoder, sources: Sequence[Ids], *, sets: Sets
+    directory: Path,
+    config: ModelConfig,
+    model: EncoderDecoder,
+    sources: Sequence[Ids],
+    samples: Samples,
+    *,
+    sets: Sets,
 ) -> Report:
-    """Compares the bundle with the model on `sources`, and BLEU on the `sets` of pairs, if there are any."""
+    """Compares the bundle with the model on `sources`, and BLEU on the `sets` of pairs, if there are any.
+
+    `samples`: what the bundle's integers were made for.
+    """
     try:
         bundle = load_bundle(directory)
-        subject = Subject(bundle, open_engine(bundle), config, model.eval(), sources)
+        subject = Subject(bundle, open_engine(bundle), config, model.eval(), sources, samples)
     except Exception as error:  # whatever keeps it from being served is the finding
         return Report((Check("loads", False, str(error)),))
     checks = [
@@ -130,8 +141,8 @@ def interface(subject: Subject) -> tuple[bool, str]:
 
 def weights(subject: Subject) -> tuple[bool, str]:
     """Packed once more, the checkpoint's weights are the file's, byte for byte."""
-    manifest = subject.bundle.manifest
-    parts = translator_pieces(tensors_of(subject.model), subject.config, KINDS[manifest.precision])
+    manifest, samples = subject.bundle.manifest, None if subject.is_exact else subject.samples
+    parts = translator_pieces(subject.config, subject.model, samples)
     with tempfile.TemporaryDirectory() as folder:
         write_pieces(Path(folder) / WEIGHTS_FILE, parts)
         again = file_spec(Path(folder) / WEIGHTS_FILE)
@@ -251,9 +262,7 @@ def read_sources(checkpoint: Path, config: ModelConfig, sets: Sets) -> list[list
     texts = [pair.source for pairs in zip(*sets.values(), strict=False) for pair in pairs][:NUM_SOURCES]
     if texts:
         return [encoding.ids for encoding in load_subwords(checkpoint / TOKENIZER).encode_batch_fast(texts)]
-    draw = np.random.default_rng(2)
-    lengths = draw.integers(1, min(40, config.max_length), NUM_SOURCES)
-    return [[*draw.integers(END_ID + 1, config.vocab_size, length).tolist(), END_ID] for length in lengths]
+    return random_ids(config, NUM_SOURCES, seed=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -263,9 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help=DATA_HELP)
     flags = parser.parse_args(arguments)
     config, model = load_checkpoint(flags.checkpoint, EncoderDecoder)
-    sets = everyday_corpus(flags.data).test if flags.data else {}
-    sources = read_sources(flags.checkpoint, config, sets)
-    report = verify_translator(flags.bundle, config, model, sources, sets=sets)
+    corpus = everyday_corpus(flags.data) if flags.data else None
+    training, sets = (corpus.training, corpus.test) if corpus else ([], {})
+    sources, samples = read_sources(flags.checkpoint, config, sets), read_samples(flags.checkpoint, config, training)
+    report = verify_translator(flags.bundle, config, model, sources, samples, sets=sets)
     print(report.text())
     return 0 if report.passed else 1
 

@@ -154,7 +154,12 @@ class Metrics:
                 self._token_buckets,
             )
         )
-        self.generated_tokens = Kept(self._counter("attnd_generated_tokens", "Tokens written, counted as they come."))
+        self.generated_tokens = Kept(
+            self._counter(
+                "attnd_generated_tokens",
+                "Tokens written, counted as they are told: one by one, or at the end of whole texts.",
+            )
+        )
         self.finished_outputs = Kept(
             self._counter(
                 "attnd_finished_outputs",

@@ -177,6 +177,7 @@ class Observed:
         self._log(call, model, outcome, timing, {}, self._reason(call, error))
 
     def _generated(self, call: Call, tally: Tally, outcome: str, reason: str = "") -> None:
+        tally.take_untold()
         timing = tally.timing()
         as_request = _as_request(timing)
         self._metrics.observe_request(call.route, tally.model, outcome, as_request)

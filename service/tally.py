@@ -80,6 +80,15 @@ class Tally:
         self.num_tokens = usage.completion_tokens
         self._metrics.cached_tokens(self._call.route, self.model).observe(usage.cached_tokens)
 
+    def take_untold(self) -> None:
+        """Counts the tokens that no event told of, as far as they came; to be called once, at the end."""
+        progress = self._call.progress
+        for gap in tuple(progress.untold_gaps):  # an engine may still be adding to them
+            self._metrics.token_gap(self.model).observe(gap)
+        if self.end is None and progress.num_untold:  # else its usage has them
+            self._metrics.generated_tokens(self.model).inc(progress.num_untold)
+            self.num_tokens += progress.num_untold
+
     def timing(self) -> GenerateTiming:
         """Where the time went until now: the worker's own stages once there is an end, else as far as it came."""
         known = self._call.progress.generate_timing(self._clock())

@@ -38,12 +38,11 @@ def make_search(num_beams: int, **options: Any) -> BeamSearch:
 
 def run(search: BeamSearch, model: Model) -> list[tuple[list[int], float]]:
     """Ids and score of what it finds. Rows are copied as an engine would: from rows that stay what they are."""
-    rows: Rows = [[]]
+    rows: Rows = [[]] * search._num_beams
     while True:
         search.step(model(rows))
         if search.is_finished:
             return [([token for token, _ in beam.written], search.score(beam)) for beam in search.best]
-        rows *= len(search.continuations) // len(rows)
         for parent, _ in search.continuations:
             assert search.continuations[parent][0] == parent
         rows = [[*rows[parent], token] for parent, token in search.continuations]
@@ -125,7 +124,7 @@ def test_the_first_child_of_a_beam_stays_and_the_others_take_rows_left_over() ->
 
 def test_only_what_ends_among_the_first_k_is_finished() -> None:
     search = make_search(2, length_penalty=0.0)
-    search.step(table([0.1, 0.3, 0.2, 0.4])([[]]))  # the end, token 2, is the third
+    search.step(table([0.1, 0.3, 0.2, 0.4])([[], []]))  # the end, token 2, is the third
     assert search.best == []
     search.step(table([0.1, 0.3, 0.5, 0.1])([[3], [1]]))  # 3 2 and 1 2 are the first and the second
     assert [[token for token, _ in beam.written] for beam in search.best] == [[3, END_ID], [1, END_ID]]
@@ -167,4 +166,4 @@ def test_tokens_are_described_from_the_logits_that_they_were_chosen_by() -> None
 
 def test_what_is_not_finite_fails() -> None:
     with pytest.raises(EngineFailed):
-        make_search(2).step([np.array([0, np.nan, 1], np.float32)])
+        make_search(2).step([np.array([0, np.nan, 1], np.float32)] * 2)

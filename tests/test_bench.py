@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from bench.ceiling import Shape, batches_of, shapes
-from bench.contenders import Tuning, candidates
+from bench.classify import options
+from bench.contenders import Tuning, attnd, candidates
 from bench.figures import (
     Latency,
     Ratio,
@@ -20,6 +21,7 @@ from bench.figures import (
     ratio_of,
     sample_from,
 )
+from bench.measurement import points_of
 from bench.report import TARGETS, Rounds, full, summary, table, verdict_lines, verdicts
 from bench.sentences import own_sentences, read_sentences
 from bench.servers import ServerFailed
@@ -160,6 +162,21 @@ def test_results_are_json_with_every_round() -> None:
     everything = json.loads(json.dumps(full(rounds, {})))
     assert everything["rounds"]["ceiling"] == [1000.0, 1000.0]
     assert sample_from(everything["rounds"]["samples"]["attnd rest c8"][0]) == sample(500.0, errors=3)
+
+
+# --- who is measured under what
+
+
+def test_run_can_be_cut_to_some_servers_and_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    server = attnd(Path("some/where"))
+    short = options(("--only", "attnd,litserve", "--concurrency", "32"))
+    assert short.only == ("attnd", "litserve")
+    points = points_of(server, short.concurrency)
+    assert [point.name for point in points if point.wire == "http"] == ["attnd rest c32", "attnd rest poisson"]
+    assert len(points) == 6
+    with pytest.raises(SystemExit):
+        options(("--only", "triton"))
+    assert "unknown: triton" in capsys.readouterr().err
 
 
 # --- texts, shapes, settings

@@ -2,9 +2,11 @@
 
 import argparse
 import asyncio
+import hashlib
 import json
 import sys
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from bench.figures import Latency, Sample
 from bench.generate import Fleet
 from bench.report import verdict_lines
 from bench.servers import Server, free_port
-from bench.translate import Measuring, agreement, options
+from bench.translate import Measuring, agreement, check_weights, options
 from bench.translation_contenders import Contender, Search, Setting, attnd, run_offline, settings_of
 from bench.translation_report import TranslationRounds, full, notes, ratios, summary, table, verdicts
 
@@ -37,6 +39,15 @@ def test_attnd_is_one_process_for_every_load() -> None:
     assert greedy.body_of("x") == {"prompt": "x", "max_tokens": 128, "temperature": 0, "num_beams": 1}
     assert beam.body_of("x")["num_beams"] == 4
     assert greedy.label_of({"outputs": [{"text": "y"}]}) == "y"
+
+
+def test_bundle_is_compared_on_the_weights_that_it_was_made_of(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    for written, is_right in ((b"weights", True), (b"others", False)):
+        provenance = {"checkpoint_sha256": hashlib.sha256(written).hexdigest()}
+        (tmp_path / "manifest.json").write_text(json.dumps({"provenance": provenance}))
+        with nullcontext() if is_right else pytest.raises(SystemExit, match="--checkpoint"):
+            check_weights(tmp_path, tmp_path)
 
 
 # --- our own loops
@@ -63,6 +74,31 @@ def test_bare_loop_and_backend_translate_as_the_reference_does(tmp_path: Path) -
     assert bare["texts"] == wanted
     assert whole["texts"] == wanted
     assert min(bare["rate"], whole["rate"]) > 0
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+async def test_offline_the_queue_is_never_asked_for_more_than_it_takes(num_beams: int) -> None:
+    from bench.translation_offline import OfflinePlan, translate_all
+
+    from service.config import Settings
+    from service.domain import Call, Event, Finish, GenerateRequest
+
+    waiting = most = 0
+
+    class Shouts:
+        async def generate(self, request: GenerateRequest, call: Call) -> AsyncIterator[Event]:
+            nonlocal waiting, most
+            num_outputs = len(request.prompt) * request.num_beams
+            waiting += num_outputs
+            most = max(most, waiting)
+            await asyncio.sleep(0)
+            for place, text in enumerate(request.prompt):
+                yield Finish(place, "stop", text=str(text).upper())
+            waiting -= num_outputs
+
+    plan = OfflinePlan(tuple(f"text {at}" for at in range(500)), num_beams, seconds=0.0)
+    assert await translate_all(Shouts(), plan) == [text.upper() for text in plan.sentences]
+    assert 16 * num_beams < most <= Settings().max_queue_outputs
 
 
 # --- the peers' batching

@@ -5,21 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from model import export_translator, verify_translator
+from model import export_translator, translator_samples, verify_translator
 from model.export_translator import export_verified, options
 from model.pairs import Pair
 from model.subwords import END_ID, START_ID
 from model.train import save_checkpoint
 from service.worker.bundle import load_bundle
-from tests.tiny_translator import CONFIG, seeded_translator, subwords, tiny_translation_bundle
+from tests.tiny_translator import CONFIG, LIMITS, SENTENCES, seeded_translator, subwords, tiny_translation_bundle
 
 SETS = {"tiny": [Pair("A dog.", "Ein Hund."), Pair("Where is the garden?", "Wo ist der Garten?")]}
+TRAINING = [Pair(source, target) for source in SENTENCES for target in SENTENCES]
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, value in {"NUM_NEW": 8, "NUM_SLOTS": 2}.items():
+    for name, value in {"NUM_NEW": 8, "NUM_SLOTS": 2, **LIMITS}.items():
         monkeypatch.setattr(verify_translator, name, value)
+    monkeypatch.setattr(translator_samples, "NUM_SAMPLES", 128)
     subwords().save(str(tmp_path / "subwords.json"))
     told = {"recipe": "tests"}
     out = tmp_path / "checkpoint"
@@ -28,7 +30,9 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def exported(checkpoint: Path, out: Path) -> bool:
-    return export_verified(checkpoint, out, options(checkpoint, id=out.name, licence="MIT"), sets=SETS)
+    return export_verified(
+        checkpoint, out, options(checkpoint, id=out.name, licence="MIT"), training=TRAINING, sets=SETS
+    )
 
 
 def test_a_bundle_that_passes_is_put_in_place_with_its_figures(checkpoint: Path, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from service.domain import Progress
 from service.errors import Overloaded
+from service.worker.generation.pieces import IDLE_BUDGET, budget_beside, piece
 from service.worker.generation.prefix_cache import CHUNK
-from service.worker.generation.scheduler import IDLE_BUDGET, Scheduler, budget_beside, piece, slots_for
+from service.worker.generation.scheduler import Scheduler, slots_for
 from service.worker.generation.sequence import Job, Prompt, Sequence
 from service.worker.generation.step import Step
 
@@ -45,12 +46,17 @@ class Machine:
 
     def step(self) -> Step:
         step = self.scheduler.next_step()
-        assert set(step.rows) == {one for one in self.written if not one.has_left}
+        read_now = {row for sources in step.sources for one in sources for row in (one.sequence, *one.forks)}
+        assert set(step.rows) == {one for one in self.written if not one.has_left} | read_now
         for move in step.moves:
             self.slots[move.target][move.start :] = self.slots[move.source][move.start : move.end]
         for restore in step.restores:
             del self.slots[restore.slot][restore.start :]
             self.slots[restore.slot] += self.blocks[restore.block]
+        for sources in step.sources:
+            assert len({len(chunk.sequence.prompt.ids) for chunk in sources}) == 1
+            for chunk in sources:
+                self._encode(chunk)
         for chunk in step.chunks:
             self._prefill(chunk)
         assert [row.slot for row in step.rows] == list(range(len(step.rows)))
@@ -61,6 +67,15 @@ class Machine:
                 self._write(row)
         assert len(step.rows) + len(self.scheduler._prefilling) <= self.max_rows
         return step
+
+    def _encode(self, chunk: Any) -> None:
+        """All but the last token, which the row is to read next."""
+        *ids, last = chunk.sequence.prompt.ids
+        self.spans.setdefault(chunk.sequence, []).append((chunk.start, chunk.end))
+        for row in (chunk.sequence, *chunk.forks):
+            assert row.num_computed == len(ids) + 1  # with what this step's row reads
+            self.slots[row.slot][:] = self.read[row] = list(ids)
+            row.last_id = -last
 
     def _prefill(self, chunk: Any) -> None:
         sequence = chunk.sequence
@@ -124,6 +139,11 @@ def covered(spans: list[tuple[int, int]]) -> tuple[int, int]:
 
 def planned(step: Step) -> list[tuple[int, int, int]]:
     return [(chunk.sequence.rank[1], chunk.start, chunk.end) for chunk in step.chunks]
+
+
+def encoded(step: Step) -> list[list[int]]:
+    """The ranks of what is read in each run."""
+    return [[chunk.sequence.rank[1] for chunk in sources] for sources in step.sources]
 
 
 def test_nothing_to_do_is_an_empty_step() -> None:
@@ -385,18 +405,74 @@ def test_a_prompt_whose_every_logit_is_wanted_is_computed_whole_but_kept_for_oth
     assert third.num_cached == 192
 
 
-def test_a_prompt_that_must_stay_whole_is_read_at_once_and_kept_for_nobody() -> None:
+# --- sources, which are read whole
+
+
+def add_sources(machine: Machine, *lengths: int, **options: Any) -> list[Sequence]:
+    """One request with a source of each length."""
+    return machine.add(*(ids(length, 100 * at) for at, length in enumerate(lengths)), is_whole=True, **options)
+
+
+def test_a_source_is_read_at_once_joins_the_rows_of_that_step_and_is_kept_for_nobody() -> None:
     machine = Machine()
-    machine.add(ids(10))
-    machine.run_until(lambda: len(machine.scheduler._rows) == 1)
+    (first,) = add_sources(machine, 10)
+    assert rows(machine.step()) == [0]
     for _ in range(2):
-        (source,) = machine.add(ids(192), is_whole=True)
-        (next_one,) = machine.add(ids(192, 5000), is_whole=True)
-        assert planned(machine.step()) == [(source.rank[1], 0, 192)]  # it costs more than a step may
-        assert planned(machine.step()) == [(next_one.rank[1], 0, 192)]
+        source, next_one = add_sources(machine, 192, 192)  # each costs more than a step may
+        assert [row.num_computed for row in machine.step().rows] == [machine.written[first] + 9, 192]
+        assert rows(machine.step())[1:] == [source.rank[1], next_one.rank[1]]
         machine.finish(source, next_one)
         machine.step()
     assert machine.scheduler._cache.num_used == 0
+
+
+def test_sources_of_one_length_are_read_in_one_run() -> None:
+    machine = Machine(max_rows=8)
+    add_sources(machine, 15, 14, 15, 16, 14)
+    step = machine.step()
+    assert encoded(step) == [[1, 4], [0, 2], [3]]  # by turns the shortest and the one that came first
+    assert rows(step) == [1, 4, 0, 2, 3]
+
+
+def test_as_many_sources_are_read_as_the_budget_and_the_rows_allow() -> None:
+    machine = Machine(max_rows=4)
+    (running,) = add_sources(machine, 12)
+    machine.step()
+    others = add_sources(machine, *[7] * 6)
+    assert encoded(machine.step()) == [[1, 2]]  # 14 of 16 tokens beside one row
+    assert encoded(machine.step()) == [[3]]
+    assert machine.step().sources == []
+    machine.finish(running, *others[:2])
+    assert encoded(machine.step()) == [[4, 5]]
+
+
+def test_a_source_that_came_first_is_not_passed_over_for_ever() -> None:
+    machine = Machine(max_rows=1)
+    (long,) = add_sources(machine, 40)
+    for _ in range(3):
+        add_sources(machine, 5, 5)  # shorter ones keep coming
+        machine.finish(*machine.step().rows)
+    assert long in machine.written
+
+
+def test_the_beams_of_a_source_are_rows_of_the_step_that_reads_it() -> None:
+    machine = Machine(max_rows=4)
+    (search,) = add_sources(machine, 9, num_beams=3)
+    (chunk,) = machine.step().sources[0]
+    assert (chunk.sequence, chunk.forks) == (search, search.followers)
+    assert [row.num_computed for row in search.rows] == [9, 9, 9]
+    for _ in range(5):
+        machine.step()  # which compares each row's slot with what it must hold
+
+
+def test_outputs_of_one_source_share_its_run() -> None:
+    machine = Machine(max_rows=4)
+    outputs = add_sources(machine, 9, 9, n=2)
+    sources = machine.step().sources
+    assert [(one.sequence, one.forks) for one in sources[0]] == [
+        (outputs[0], (outputs[1],)),
+        (outputs[2], (outputs[3],)),
+    ]
 
 
 # --- beams
@@ -544,6 +620,7 @@ def test_any_course_of_events_keeps_every_row_its_own_and_ends(seed: int) -> Non
     """Prompts with shared beginnings come, end, fail and go at random; the machine checks each slot at each step."""
     draw = random.Random(seed)
     machine = Machine(max_rows=draw.choice([1, 2, 3, 6]), num_blocks=draw.choice([0, 2, 9]), seed=seed)
+    are_whole = seed % 4 == 0
     everything: list[Sequence] = []
     for _ in range(150):
         if draw.random() < 0.3:
@@ -553,7 +630,7 @@ def test_any_course_of_events_keeps_every_row_its_own_and_ends(seed: int) -> Non
             ]
             num_beams = draw.randrange(1, machine.max_rows + 1) if draw.random() < 0.3 else 1
             n = draw.choice([1, 1, 3]) if num_beams == 1 else 1
-            everything += machine.add(*prompts, n=n, num_beams=num_beams, is_whole=draw.random() < 0.2)
+            everything += machine.add(*prompts, n=n, num_beams=num_beams, is_whole=are_whole)
         for row in machine.step().rows:
             if draw.random() < 0.2 and not row.is_follower:
                 machine.finish(row)

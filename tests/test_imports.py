@@ -59,7 +59,7 @@ RULES = [
     rule("service.worker.weights.fetch", "service.errors service.worker.bundle"),
     rule("service.worker.weights.*", "service.errors service.worker.bundle service.worker.weights.*", "gguf numpy"),
     rule("service.worker.pull", "service.errors service.worker.bundle service.worker.weights.*"),
-    rule("service.worker.session", "service.worker.bundle service.errors", "numpy onnxruntime"),
+    rule("service.worker.session", "service.worker.bundle service.worker.machine service.errors", "numpy onnxruntime"),
     rule("service.worker.classification.engine", "service.worker.bundle service.worker.session", "numpy"),
     rule("service.worker.tokenizer", "service.domain service.errors", "tokenizers"),
     rule("service.worker.attention.views", "service.domain service.errors"),
@@ -77,10 +77,11 @@ RULES = [
         "service.domain service.worker.generation.prefix_cache "
         "service.worker.generation.beam_search service.worker.generation.output",  # these two for types only
     ),
+    rule("service.worker.generation.pieces", "service.worker.generation.prefix_cache"),
     rule(
         "service.worker.generation.scheduler",
-        "service.errors service.worker.generation.prefix_cache service.worker.generation.sequence "
-        "service.worker.generation.step",
+        "service.errors service.worker.generation.pieces service.worker.generation.prefix_cache "
+        "service.worker.generation.sequence service.worker.generation.step",
     ),
     rule("service.worker.generation.step", "service.worker.generation.sequence"),
     rule(

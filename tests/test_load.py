@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from service.gateway.app import create_app
 from service.gateway.server import HttpServer
 from service.metrics import Metrics
 from service.observed import Observed
+from service.worker import load
+from service.worker.bundle import load_bundle
 from service.worker.classification.classifier import Classifier
 from service.worker.generation.decoder import BLOCK
 from service.worker.generation.generator import Generator
+from service.worker.generation.kv_budget import KvPlan
 from service.worker.generation.prefix_cache import CHUNK
 from service.worker.load import load_models
 from service.worker.local import LocalBackend
@@ -71,6 +75,18 @@ def test_a_translator_s_memory_is_all_for_sources_and_translations(tmp_path: Pat
     (generator,) = load_models(settings, metrics_of(settings))
     assert isinstance(generator, Generator)
     assert (generator._max_rows, generator._num_blocks) == (3, 0)
+
+
+def test_a_translation_s_step_computes_on_one_thread_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "available_threads", lambda: 3)
+    opened: list[int] = []
+    monkeypatch.setattr(load, "TranslatorEngine", lambda *_, threads, **__: opened.append(threads))
+    bundle = load_bundle(tiny_translator.tiny_translation_bundle(tmp_path / "translation"))
+    for threads in (0, 2):
+        load._engine(bundle, KvPlan(1, 1, 0), replace(make_settings(bundle.directory), threads=threads))
+    assert opened == [1, 2]
 
 
 class Served:

@@ -1,6 +1,7 @@
 """What the seam counts, times and logs, on a clock of the test's own."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -180,6 +181,22 @@ async def test_tokens_that_were_never_shown_are_counted_at_the_end() -> None:
     await seam.run()
     assert seam.sample("attnd_generated_tokens_total", model=CHAT.id) == END.usage.completion_tokens == 3
     assert seam.of("attnd_request_completion_tokens_sum", "ok") == 3
+
+
+@pytest.mark.parametrize(("end", "outcome"), [(END, "ok"), (DeadlineExceeded("late"), "deadline")])
+async def test_tokens_without_events_and_their_gaps_are_counted_however_it_ends(
+    end: Event | BaseException, outcome: str
+) -> None:
+    steps: list[Step] = [(1.0, end)] if outcome == "deadline" else [(1.0, START), (0.0, Finish(0, "stop")), (0.0, end)]
+    seam = Seam(steps)
+    for gap in (None, 0.5, 1.5):
+        seam.call.progress.leave_untold(gap)
+    with contextlib.suppress(DeadlineExceeded):
+        await seam.run()
+    assert seam.sample("attnd_inter_token_seconds_count", model=CHAT.id) == 2
+    assert seam.sample("attnd_inter_token_seconds_sum", model=CHAT.id) == 2.0
+    assert seam.sample("attnd_generated_tokens_total", model=CHAT.id) == 3
+    assert seam.of("attnd_request_completion_tokens_sum", outcome) == 3
 
 
 async def test_the_first_token_is_when_the_worker_says_so_where_it_does() -> None:

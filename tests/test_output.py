@@ -23,11 +23,22 @@ class Names:
         return WORDS[token].encode()
 
 
-def make_output(*, max_tokens: int = 100, end_ids: tuple[int, ...] = (END,), **fields: Any) -> Output:
+def make_output(
+    *, max_tokens: int = 100, end_ids: tuple[int, ...] = (END,), wants_tokens: bool = True, **fields: Any
+) -> Output:
     request = GenerateRequest(prompt="x", **fields)
     sampler = Sampler(request, temperature=0.0, seed=0, prompt_ids=(1,), end_ids=end_ids, vocab_size=len(WORDS))
     shown = Detokenizer({"type": "ByteLevel"}, lambda token: None if token == END else WORDS[token])
-    return Output(3, request, sampler=sampler, detokenizer=shown, names=Names(), end_ids=end_ids, max_tokens=max_tokens)
+    return Output(
+        3,
+        request,
+        sampler=sampler,
+        detokenizer=shown,
+        names=Names(),
+        end_ids=end_ids,
+        max_tokens=max_tokens,
+        wants_tokens=wants_tokens,
+    )
 
 
 def logits(token: int) -> np.ndarray:
@@ -98,6 +109,33 @@ def test_log_probabilities_are_those_of_the_model_itself() -> None:
         ("a", pytest.approx(5 - total)),
         ("<end>", pytest.approx(-total)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, (1, 4, 5, 2, END)),
+        ({"stop_token_ids": (3,)}, (1, 6, 4, 3)),  # half a character at the end
+        ({"min_tokens": 3}, (2, 2, 2, END)),
+        ({"max_tokens": 3}, (1, 4, 5)),
+        ({}, (END,)),
+    ],
+)
+def test_where_no_token_is_wanted_the_end_tells_the_same_text(fields: dict[str, Any], tokens: tuple[int, ...]) -> None:
+    told, whole = make_output(**fields), make_output(**fields, wants_tokens=False)
+    *_, end = events = write(told, *tokens)
+    (finish,) = write(whole, *tokens)
+    assert isinstance(end, Finish)
+    assert finish == Finish(3, end.finish_reason, "".join(texts(events)), end.stop)
+    assert whole.num_untold == len(events) - 1
+    assert (whole.num_tokens, whole.is_finished) == (told.num_tokens, True)
+
+
+@pytest.mark.parametrize("fields", [{"stop": "bc"}, {"logprobs": 0}])
+def test_tokens_whose_text_or_log_probability_is_asked_for_are_told_all_the_same(fields: dict[str, Any]) -> None:
+    told, whole = make_output(**fields), make_output(**fields, wants_tokens=False)
+    assert write(whole, 1, 2, 3) == write(told, 1, 2, 3)
+    assert whole.num_untold == 0
 
 
 def test_an_echo_is_read_in_pieces() -> None:

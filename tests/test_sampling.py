@@ -258,13 +258,22 @@ def test_samplers_do_not_share_a_stream() -> None:
 # --- refusals
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_logits_that_are_not_finite_are_the_engine_s_failure(value: float, temperature: float) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 1}, {"logit_bias": {1234: -100.0}}])
+def test_logits_that_are_not_finite_are_the_engine_s_failure(value: float, fields: dict[str, Any]) -> None:
     logits = random_logits(9)
     logits[1234] = value
     with pytest.raises(EngineFailed, match="not finite"):
-        sampler(temperature=temperature).sample(logits)
+        sampler(**fields).sample(logits)
+
+
+def test_an_impossible_token_is_no_failure_unless_all_are() -> None:
+    logits = np.full(3000, -np.inf, np.float32)
+    for temperature in (0, 1):
+        with pytest.raises(EngineFailed, match="not finite"):
+            sampler(temperature=temperature).sample(logits)
+    logits[7] = -3.0
+    assert [sampler(temperature=temperature).sample(logits) for temperature in (0, 1)] == [7, 7]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from service.metrics import Metrics
 from service.observed import Observed
 from service.rpc.pb.attnd.v1 import inference_pb2 as pb
 from service.rpc.server import RpcServer
+from service.worker.generation.translator import TranslatorEngine
 from service.worker.load import load_models
 from service.worker.local import LocalBackend
 
@@ -127,6 +129,39 @@ async def test_a_stream_says_the_same_in_order(served: Served, fields: dict[str,
         assert [event["finish_reason"] for event in own if "finish_reason" in event] == [output["finish_reason"]]
     assert end["usage"] == whole["usage"]
     assert len(whole["outputs"]) == 2 * fields.get("n", 1)
+
+
+async def test_tokens_and_the_gaps_between_them_are_measured_whether_they_are_told_or_not(served: Served) -> None:
+    names = ("attnd_generated_tokens_total", "attnd_inter_token_seconds_count")
+    asked = {"prompt": SENTENCES[0], "max_tokens": 9, "ignore_eos": True}
+    await served.generate(**asked)
+    told_none = [served.sample(name) for name in names]
+    await served.events(**asked)
+    assert [served.sample(name) for name in names] == [2 * value for value in told_none]
+    assert told_none[1] > 0
+
+
+async def test_a_source_that_cannot_be_read_fails_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [[3 + place] * 5 for place in range(5)]
+    alone = [await served.texts(prompt=source) for source in sources]
+    encode, poison = TranslatorEngine.encode, sources[2]
+    runs, gate = list[int](), threading.Event()
+
+    def poisoned(engine: TranslatorEngine, slots: Any, ids: Any) -> None:
+        runs.append(len(ids))
+        assert gate.wait(10)
+        if poison in [list(one) for one in ids]:
+            raise RuntimeError("poisoned")
+        encode(engine, slots, ids)
+
+    monkeypatch.setattr(TranslatorEngine, "encode", poisoned)
+    asked = [asyncio.ensure_future(served.ask(prompt=source)) for source in sources]
+    await until(lambda: served.sample("attnd_queue_inputs") + served.sample("attnd_running_sequences") == 5)
+    gate.set()
+    replies = await asyncio.gather(*asked)
+    assert [reply.status for reply in replies] == [200, 200, 500, 200, 200]
+    assert [[reply.json["outputs"][0]["text"]] for reply in replies if reply.status == 200] == alone[:2] + alone[3:]
+    assert max(runs) > 1  # some were to be read together
 
 
 async def test_sampling_follows_the_seed(served: Served) -> None:

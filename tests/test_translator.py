@@ -114,6 +114,46 @@ def test_a_single_token_can_be_read_in_any_slot(engine: TranslatorEngine) -> Non
     np.testing.assert_array_equal(engine.prefill(5, [7], LENGTHS[3], keep="last"), expected)
 
 
+def test_sources_read_together_leave_the_bits_of_each_alone(engine: TranslatorEngine) -> None:
+    sources, slots = [random_ids(21, seed) for seed in range(4)], [3, 0, 2, 1]
+    alone = []
+    for source in sources:
+        alone += steps(engine, [read(engine, 0, source)], [21])
+    engine.encode(slots, sources)
+    first = engine.decode([source[-1] for slot in range(4) for source in [sources[slots.index(slot)]]], [20] * 4).copy()
+    together = steps(engine, list(first), [21] * 4)
+    for slot, expected in zip(slots, alone, strict=True):
+        np.testing.assert_array_equal(together[slot], expected)
+
+
+def test_a_source_s_last_token_is_read_beside_tokens_of_translations(engine: TranslatorEngine) -> None:
+    expected = translated(engine, [3])[0]
+    first = read(engine, 1, source_of(8)).copy()
+    read(engine, 0, source_of(3))
+    engine.encode([1], [source_of(8)])
+    rows = engine.decode([int(expected[0].argmax()), source_of(8)[-1]], [LENGTHS[3], LENGTHS[8] - 1])
+    np.testing.assert_array_equal(rows, [expected[1], first])
+
+
+@pytest.mark.parametrize(
+    ("slots", "sources"),
+    [
+        ([0, 17], [[3], [4]]),
+        ([-1], [[3]]),
+        ([0], [[]]),
+        ([0], [[3] * 65]),
+        ([0, 1], [[3], [4, 5]]),
+        ([0], [[3], [4]]),
+        ([0, 1], [[3]]),
+    ],
+)
+def test_sources_that_do_not_fit_are_refused(
+    engine: TranslatorEngine, slots: list[int], sources: list[list[int]]
+) -> None:
+    with pytest.raises(ValueError, match=r"to be one length, for slots .*: there are 17 slots"):
+        engine.encode(slots, sources)
+
+
 def test_the_number_of_threads_does_not_change_a_bit(bundles: dict[str, Path]) -> None:
     for name, directory in bundles.items():
         one, two = (translated(engine_of(directory, threads=threads), [3, 5]) for threads in (1, 2))
@@ -171,7 +211,7 @@ def test_what_is_not_moved_would_show(engine: TranslatorEngine) -> None:
     read(engine, 1, source_of(3))
     translated(engine, [1])
     engine.move(1, 0, LENGTHS[3], LENGTHS[3])  # the translation without its source
-    with pytest.raises(ValueError, match="30 tokens in slot 0"):
+    with pytest.raises(ValueError, match=r"\[30\] tokens in slots 0 to 1"):
         engine.decode([int(expected[0].argmax())], [LENGTHS[3]])
 
 

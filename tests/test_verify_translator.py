@@ -11,20 +11,30 @@ from model.pairs import Pair
 from model.translator_weights import WEIGHTS_FILE
 from model.verify import Report
 from tests.tiny import change_graph, change_manifest, sign
-from tests.tiny_translator import CONFIG, SENTENCES, seeded_translator, subwords, tiny_translation_bundle
+from tests.tiny_translator import (
+    CONFIG,
+    LIMITS,
+    SAMPLES,
+    SENTENCES,
+    seeded_translator,
+    subwords,
+    tiny_translation_bundle,
+)
 
 PAIRS = [Pair("A dog.", "Ein Hund."), Pair("Where is the garden?", "Wo ist der Garten?")]
 
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_translator, "NUM_NEW", 12)
-    monkeypatch.setattr(verify_translator, "NUM_SLOTS", 4)
+    for name, value in {"NUM_NEW": 12, "NUM_SLOTS": 4, **LIMITS}.items():
+        monkeypatch.setattr(verify_translator, name, value)
 
 
 def verified(directory: Path, sets: dict[str, list[Pair]] | None = None) -> Report:
     sources = [encoding.ids for encoding in subwords().encode_batch(list(SENTENCES[::2]))]
-    return verify_translator.verify_translator(directory, CONFIG, seeded_translator(), sources, sets=sets or {})
+    return verify_translator.verify_translator(
+        directory, CONFIG, seeded_translator(), sources, SAMPLES, sets=sets or {}
+    )
 
 
 def failed(report: Report) -> set[str]:

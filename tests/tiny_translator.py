@@ -10,6 +10,7 @@ from model.export_decoder import Options
 from model.export_translator import export_translator
 from model.subwords import END_ID, train_subwords
 from model.transformer import EncoderDecoder
+from model.translator_samples import random_ids
 from tests.tiny_translation import CONFIG as TRANSLATION
 from tests.tiny_translation import tiny_translator
 
@@ -22,6 +23,9 @@ SENTENCES = (
     "Wo ist der Bahnhof? Ich habe mich verlaufen.",
 )
 CONFIG = replace(TRANSLATION, vocab_size=300, width=32, num_heads=4, num_decoder_layers=2, feed_forward=64)
+SAMPLES = list(zip(random_ids(CONFIG, 128, seed=1), random_ids(CONFIG, 128, seed=2), strict=True))
+# Of model.verify_translator, for the seeded translator in int8: attention so sharp shows the least noise.
+LIMITS = {"MAX_MOVED": 0.2, "MIN_AGREEMENT": 0.8, "MIN_CORRELATION": 0.98}
 
 
 def subwords() -> Tokenizer:
@@ -45,5 +49,5 @@ def seeded_translator() -> EncoderDecoder:
 def tiny_translation_bundle(directory: Path, *, precision: str = "int8", id: str = "tiny-translation") -> Path:
     """Writes a whole bundle of the seeded translator into `directory`, which must not exist, and returns it."""
     options = Options(id=id, created=1_700_000_000, licence="Apache-2.0", precision=precision)
-    export_translator(CONFIG, seeded_translator(), subwords().to_str(), directory, options)
+    export_translator(CONFIG, seeded_translator(), subwords().to_str(), directory, options, samples=SAMPLES)
     return directory

@@ -49,6 +49,14 @@ class Progress:
     started: float | None = None
     first_token: float | None = None
     finished: float | None = None
+    num_untold: int = 0  # tokens that were written and are not told one by one
+    untold_gaps: list[float] = field(default_factory=list)  # seconds between those of an output
+
+    def leave_untold(self, gap: float | None) -> None:
+        """A token was written of which there is no event, so long after that before it."""
+        self.num_untold += 1
+        if gap is not None:
+            self.untold_gaps.append(gap)
 
     def timing(self, now: float) -> Timing:
         """The stage that was under way at `now` gets the time until then; stages never reached get 0."""
@@ -81,10 +89,12 @@ class Progress:
 class Call:
     """The circumstances of a request: who asked, through which route, until when, and how far it is.
 
-    `deadline` is a `time.monotonic()` instant in seconds.
+    `deadline` is a `time.monotonic()` instant in seconds. `wants_tokens` False: of a generation the whole texts are
+    enough, each in its Finish, and tokens may be left out as far as nothing but their text was asked for.
     """
 
     request_id: str
     route: str
     deadline: float
     progress: Progress = field(default_factory=Progress)
+    wants_tokens: bool = True

@@ -5,7 +5,7 @@ A dialect is how a body becomes what is `Asked`, and how events become bytes: an
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from service.domain import (
@@ -90,6 +90,7 @@ class GenerateEndpoint:
         A client that leaves cancels this, and so closes the backend's generator.
         """
         asked, call = await self.entrance.admit(self.route, self.parse, scope, receive)
+        call = replace(call, wants_tokens=asked.is_stream)
         answer = asked.answer(call.request_id)
         async with aclosing(self.entrance.backend.generate(asked.request, call)) as events:
             if not asked.is_stream:

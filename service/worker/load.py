@@ -101,7 +101,7 @@ def _open_classifier(bundle: Bundle, settings: Settings, metrics: Metrics) -> Cl
 
 
 def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Generator:
-    """One thread takes steps, and each step computes on all threads: steps follow one another, inputs need not.
+    """One thread takes steps, and a chat's step computes on all threads: steps follow one another, inputs need not.
 
     Where a classifier is served in the same process its threads compete with these for the same cores, and the system
     shares them out; a classifier's runs are short, so that a step then takes longer by a few of them.
@@ -137,13 +137,15 @@ def _attending(bundle: Bundle, settings: Settings) -> Attending | None:
 
 
 def _engine(bundle: Bundle, plan: KvPlan, settings: Settings) -> DecoderEngine | TranslatorEngine:
+    """A translation's step, a chat's twentieth, is over before a second thread has woken: it computes on one."""
     opening: Callable[..., DecoderEngine | TranslatorEngine] = TranslatorEngine
+    threads = 1
     if bundle.manifest.task == "generation":
-        opening = partial(DecoderEngine, num_blocks=plan.num_blocks)
+        opening, threads = partial(DecoderEngine, num_blocks=plan.num_blocks), available_threads()
     return opening(
         bundle,
         num_slots=plan.num_slots,
-        threads=settings.threads or available_threads(),
+        threads=settings.threads or threads,
         provider=settings.provider,
         fallback=settings.provider_fallback,
         spin=True,  # a chat's step has some 300 nodes, most of them short: two thirds of the time with one row

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
 
 from service.domain import (
     AttentionMaps,
@@ -68,15 +67,14 @@ class LocalBackend:
         assert isinstance(classifier, Classifier)
         return await classifier.explain(request, call)
 
-    async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+    def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+        """See Backend. What can be refused at once is raised by this call itself."""
         chosen = choose_model(self._ready(), generation_tasks(request), request.model)
         generator = self._served[chosen.id]
         assert isinstance(generator, Generator)
-        is_translation = chosen.task == "translation"
-        work = translate(generator, request, call) if is_translation else generator.generate(request, call)
-        async with aclosing(work) as events:
-            async for event in events:
-                yield event
+        if chosen.task == "translation":
+            return translate(generator, request, call)
+        return generator.generate(request, call)
 
     async def models(self) -> list[ModelInfo]:
         return self._ready()

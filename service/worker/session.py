@@ -32,6 +32,7 @@ class Session:
 
     Raises BundleError if the graph cannot be loaded or is not what `spec` says, ConfigError if `provider` is not
     available and `fallback` (to the CPU) is not allowed. `seven_bits`: no int8 weight of the graph is beyond -64 to 63.
+    `arena`: keep the memory of a run for the next, for graphs whose inputs are small and come in few shapes.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Session:
         fallback: bool = False,
         spin: bool = False,
         seven_bits: bool = False,
+        arena: bool = False,
     ) -> None:
         self.threads = threads
         self.provider = available_provider(provider, fallback=fallback)
@@ -51,7 +53,7 @@ class Session:
         try:
             self._session = ort.InferenceSession(
                 str(path),
-                _options(threads, spin=spin, saturates=not (seven_bits or has_vnni())),
+                _options(threads, spin=spin, saturates=not (seven_bits or has_vnni()), arena=arena),
                 providers=_with_cpu(self.provider),
                 disabled_optimizers=list(DISABLED_OPTIMIZERS),
             )
@@ -142,7 +144,7 @@ def _with_cpu(provider: str) -> list[str]:
     return list(dict.fromkeys((PROVIDERS[provider], PROVIDERS["cpu"])))
 
 
-def _options(threads: int, *, spin: bool, saturates: bool) -> Any:
+def _options(threads: int, *, spin: bool, saturates: bool, arena: bool = False) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -157,8 +159,9 @@ def _options(threads: int, *, spin: bool, saturates: bool) -> Any:
     # In the graph's own order. By default what only leads to a second output runs last, and all layers' attention
     # weights are kept until then (measured: a fifth more time for 512 tokens, in fresh memory).
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    # The arena and the memory plans grow with every new shape, and packed batches are of all shapes.
-    options.enable_cpu_mem_arena = False
+    # The arena and the memory plans grow with every new shape, and packed batches are of all shapes. Without an arena,
+    # though, the system takes back what a run has freed and hands out new pages in the next.
+    options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = False
     return options
 

@@ -21,6 +21,7 @@ from typing import Any
 from .ceiling import Plan, Shape, plan_json, shapes
 from .contenders import PEER_NAMES, attnd, candidates, peer_server
 from .environments import python_of, version_of
+from .generate import names_of, numbers
 from .loads import has_wrk, module_command
 from .machine import machine, say
 from .measurement import Bench, Point, bodies_file, measure, points_of, wrong_replies
@@ -29,6 +30,7 @@ from .sentences import own_sentences, read_sentences
 from .servers import Running, Server, awake, running
 from .tuning import Tried, best_of, tuned
 
+NAMES = ("attnd", *PEER_NAMES)
 _SEARCH_SECONDS = 1.5
 _PACKAGES = {"litserve": "litserve", "bentoml": "bentoml", "pipeline": "transformers"}
 
@@ -38,7 +40,8 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--bundle", type=Path, default=Path("model/zoo/sentiment"), help="bundle to serve (default %(default)s)")
     add("--data", type=Path, help="sentences: text, or SST-2's dev.tsv [BENCH_DATA] (default: made-up reviews)")
-    add("--peers", default=",".join(PEER_NAMES), help="peers to compare with, of %(default)s; empty: none")
+    add("--only", type=names_of(NAMES), default=NAMES, help=f"servers, of {','.join(NAMES)} (default: all)")
+    add("--concurrency", type=numbers, default=(1, 8, 32), help="requests at once (default: 1,8,32)")
     add("--seconds", type=float, default=5.0, help="seconds a point is measured in a round (default %(default)s)")
     add("--rounds", type=int, default=5, help="rounds (default %(default)s)")
     add("--cache", type=Path, default=Path.home() / ".cache" / "attnd-bench", help="the peers' environments")
@@ -72,7 +75,7 @@ def measure_contender(bench: Bench, process: Running, bodies: Path, rounds: Roun
     with awake(process):
         rounds.wrong_replies += wrong_replies(bench, process, 2 * turn)
         capacity: dict[str, float] = {}
-        for point in points_of(process.server):
+        for point in points_of(process.server, bench.concurrencies):
             sample = measure(bench, point, process.server, bodies, capacity.get(point.wire, 0.0), turn)
             capacity[point.wire] = max(capacity.get(point.wire, 0.0), sample.rate)
             rounds.add(point.name, sample)
@@ -147,15 +150,15 @@ def texts_of(given: argparse.Namespace) -> tuple[str, ...]:
 
 def run(given: argparse.Namespace, scratch: Path) -> None:
     sentences = texts_of(given)
-    names = [name for name in given.peers.split(",") if name]
+    names = [name for name in PEER_NAMES if name in given.only]
     cores = len(os.sched_getaffinity(0))
     any_shape = Shape(batch_tokens=1, lanes=1, threads=1, spin=False)
     labels = bare("labels", Plan(str(given.bundle), sentences, 0.0, any_shape))
-    bench = Bench(sentences, tuple(labels), scratch, given.seconds, given.grpc_connections)
+    bench = Bench(sentences, tuple(labels), scratch, given.seconds, given.concurrency, given.grpc_connections)
     tuning = tune_peers(names, given, bench)
     shape = best_shape(given.bundle, sentences, cores)
     plan = Plan(str(given.bundle), sentences, given.seconds, shape)
-    servers = [attnd(given.bundle, tuple(given.serve_args.split()))]
+    servers = [attnd(given.bundle, tuple(given.serve_args.split()))] if "attnd" in given.only else []
     servers += [peer_server(name, given.bundle, given.cache, best_of(tuning[name]).tuning) for name in names]
     rounds = run_rounds(bench, servers, plan, given.rounds)
     facts = facts_of(given, plan, tuning)

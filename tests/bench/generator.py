@@ -88,24 +88,39 @@ def messages_of(load: Load) -> list[bytes]:
 
 
 class Tally:
-    """Counts what came back. A request is measured when the instant that `land` is given falls into the window."""
+    """Keeps what came back: when each request that was answered began, or was due, and when it ended."""
 
     def __init__(self, opens: float, closes: float) -> None:
         self.opens = opens
         self.closes = closes
-        self.latencies: list[float] = []
+        self.spans: list[tuple[float, float]] = []
         self.errors = 0
         self.in_flight = 0
         self.is_idle = asyncio.Event()
 
-    def land(self, latency: float, counted_at: float, succeeded: bool) -> None:
+    def land(self, began: float, ended: float, succeeded: bool) -> None:
         self.in_flight -= 1
         if self.in_flight == 0:
             self.is_idle.set()
-        if not succeeded:
+        if succeeded:
+            self.spans.append((began, ended))
+        else:
             self.errors += 1
-        elif self.opens <= counted_at < self.closes:
-            self.latencies.append(latency)
+
+    def latencies(self, *, by_end: bool) -> list[float]:
+        """Of the requests that ended, or began, while the window was open."""
+        return [
+            ended - began for began, ended in self.spans if self.opens <= (ended if by_end else began) < self.closes
+        ]
+
+    def num_within(self) -> float:
+        """Requests answered in the window; of one that reaches beyond it, the share of its time that lies within.
+
+        So a server that answers a few large batches is not measured by whether one more of them ended in time.
+        """
+        return sum(
+            max(0.0, min(ended, self.closes) - max(began, self.opens)) / (ended - began) for began, ended in self.spans
+        )
 
 
 async def run_closed(load: Load, channels: Sequence[Channel], messages: Sequence[bytes]) -> Tally:
@@ -124,8 +139,7 @@ async def run_closed(load: Load, channels: Sequence[Channel], messages: Sequence
         channel.send(next(stream), lambda succeeded: landed(channel, started, succeeded))
 
     def landed(channel: Channel, started: float, succeeded: bool) -> None:
-        ended = now()
-        tally.land(ended - started, ended, succeeded)
+        tally.land(started, now(), succeeded)
         if succeeded:
             launch(channel)
         else:
@@ -155,8 +169,7 @@ async def run_open(load: Load, channels: Sequence[Channel], messages: Sequence[b
             channel.send(next(stream), lambda ok, channel=channel, at=scheduled: landed(channel, at, ok))  # type: ignore[misc]
 
     def landed(channel: Channel, scheduled: float, succeeded: bool) -> None:
-        # By its arrival: were it by its end, the latest, which are the slowest, would be left out.
-        tally.land(now() - scheduled, scheduled, succeeded)
+        tally.land(scheduled, now(), succeeded)
         idle.append(channel)
         if due:
             loop.call_soon(dispatch)
@@ -186,15 +199,17 @@ async def measure(load: Load) -> Sample:
     """Run one load against a listening server. Raises OSError when it cannot be reached."""
     channels = await open_channels(load)
     cpu, wall = time.process_time(), time.perf_counter()
-    run = run_closed if load.rate is None else run_open
-    tally = await run(load, channels, messages_of(load))
+    is_closed = load.rate is None
+    tally = await (run_closed if is_closed else run_open)(load, channels, messages_of(load))
     used = (time.process_time() - cpu) / (time.perf_counter() - wall)
     for channel in channels:
         channel.close()
+    # Of a schedule those due in the window: by their end the latest, which are the slowest, would be missing.
+    latencies = tally.latencies(by_end=is_closed)
     return Sample(
-        rate=len(tally.latencies) / load.seconds,
-        latency=latency_of(tally.latencies),
-        requests=len(tally.latencies),
+        rate=(tally.num_within() if is_closed else len(latencies)) / load.seconds,
+        latency=latency_of(latencies),
+        requests=len(latencies),
         errors=tally.errors,
         client_cpu=used,
     )

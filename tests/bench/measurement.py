@@ -17,7 +17,6 @@ from .generator import Load, Wire
 from .loads import run_generator, run_wrk
 from .servers import Running, Server, ServerFailed, ask
 
-CONCURRENCIES = (1, 8, 32)
 # Poisson arrivals come at this share of what the same server answered at the highest concurrency.
 POISSON_SHARE = 0.7
 _PATHS: Mapping[Wire, str] = {
@@ -44,21 +43,22 @@ class Point:
         return f"{self.contender} {'rest' if self.wire == 'http' else self.wire} {load}"
 
 
-def points_of(server: Server) -> list[Point]:
+def points_of(server: Server, concurrencies: Sequence[int]) -> list[Point]:
     """In measuring order: a wire's Poisson point follows its closed loops, whose best gives the capacity."""
     wires: tuple[Wire, ...] = ("http", "grpc", "stream") if server.grpc_port else ("http",)
-    loads: tuple[int | None, ...] = (*CONCURRENCIES, None)
+    loads: tuple[int | None, ...] = (*concurrencies, None)
     return [Point(server.name, wire, load) for wire in wires for load in loads]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The texts, how long a point takes, how many connections gRPC calls share, and the labels that are right."""
+    """The texts, the labels that are right, how long a point takes, and how many connections gRPC calls share."""
 
     sentences: tuple[str, ...]
     labels: tuple[str, ...]
     scratch: Path
     seconds: float
+    concurrencies: tuple[int, ...]
     grpc_connections: int
 
 

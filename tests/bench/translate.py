@@ -7,6 +7,7 @@ Ratios are of sentences a second, taken round by round. All on the same cores, t
 """
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -45,7 +46,6 @@ from .translation_report import SEARCHES, TranslationRounds, full, notes, summar
 
 ROOT = Path(__file__).parents[2]
 _FAILURES = (ServerFailed, LoadFailed, CalledProcessError, OSError, ValueError)
-_TUNE_SECONDS = 3.0
 _CHECKED = 50  # sentences that the converted weights are checked on
 
 
@@ -55,6 +55,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--bundle", type=Path, default=ROOT / "model/zoo/translation", help="(default %(default)s)")
     add("--checkpoint", type=Path, default=ROOT / "runs/translation/everyday", help="that it was made of")
     add("--data", type=Path, help="sentences, one a line, for example test_2016_flickr.en (default: made-up reviews)")
+    add("--count", type=int, help="how many of them, from the first (default: all)")
     add("--only", type=names_of(NAMES), default=NAMES, help=f"contenders, of {','.join(NAMES)} (default: all)")
     add("--search", type=names_of(SEARCHES), default=SEARCHES, help="(default: greedy,beam)")
     add("--concurrency", type=numbers, default=(1, 16), help="requests at once (default: 1,16)")
@@ -82,7 +83,7 @@ class Measuring:
             settings, rates = contender.settings(concurrency), {}
             for setting in settings if len(settings) > 1 else ():
                 with running(contender.server_for("greedy", setting), scratch) as process:
-                    rates[setting] = self._load(process.server, concurrency, 0, _TUNE_SECONDS).rate
+                    rates[setting] = self._load(process.server, concurrency, 0, self._given.seconds).rate
                 say(f"  {contender.name} c{concurrency}, {setting}: {rates[setting]:.1f}/s")
             self.settings[f"{contender.name} c{concurrency}"] = max(settings, key=lambda one: rates.get(one, 0.0))
 
@@ -183,6 +184,14 @@ def conversion_agreement(contender: Contender, checkpoint: Path, sentences: Sequ
     return agreement(theirs["texts"], translate(model, load_subwords(checkpoint / "tokenizer.json"), sentences))
 
 
+def check_weights(bundle: Path, checkpoint: Path) -> None:
+    """Raises SystemExit unless the bundle was made of this very checkpoint."""
+    provenance = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["provenance"]
+    found = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    if found != provenance["checkpoint_sha256"]:
+        raise SystemExit(f"{bundle} was not made of {checkpoint}: name its checkpoint with --checkpoint")
+
+
 def facts_of(
     given: argparse.Namespace, measuring: Measuring, missing: Mapping[str, str], converted: float | None, num: int
 ) -> dict[str, Any]:
@@ -203,7 +212,7 @@ def facts_of(
 
 
 def run(given: argparse.Namespace, scratch: Path) -> None:
-    sentences = read_sentences(given.data) if given.data else own_sentences()
+    sentences = (read_sentences(given.data) if given.data else own_sentences())[: given.count]
     contenders, missing = contenders_of(given)
     bare = bare_command(given.bundle) if "bare" in given.only else None
     with ExitStack() as stack:
@@ -238,6 +247,7 @@ def main() -> None:
     for path in (given.bundle / "manifest.json", given.checkpoint / "model.safetensors"):
         if not path.is_file():
             raise SystemExit(f"there is no {path}")
+    check_weights(given.bundle, given.checkpoint)
     given.cache.mkdir(parents=True, exist_ok=True)
     # Ended from outside, the run still ends its servers: most of them are suspended and would stay for ever.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))

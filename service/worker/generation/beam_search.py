@@ -4,19 +4,20 @@ Knows no slot, no queue and no neighbour. Row i of K holds beam i, and its K/V; 
 be given a copy of what is there. The rules are those of model.search, which the tests compare this with.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.domain import Event, GenerateRequest, TokenLogprob
-from service.errors import EngineFailed, InvalidRequest, TooLarge
-from service.worker.generation.output import Continuation, Output
-from service.worker.generation.sampling import logprobs
+from service.errors import InvalidRequest, TooLarge
+from service.worker.generation.output import Output
+from service.worker.generation.sampling import greatest_of, logprobs
 
 Logits = NDArray[np.float32]
 Written = tuple[int, TokenLogprob | None]  # a token, and what the request wants to know of it
+Continuation = tuple[int, int]  # the row that is continued, and with which token
 Candidate = tuple[float, int, int]  # the sum of log-probabilities with this token, the row it comes from, the token
 
 # Fields that have no meaning in a search, which compares beams by the model's own probabilities of whole texts.
@@ -75,7 +76,7 @@ class BeamSearch:
         self._max_tokens = max_tokens
         self._length_penalty = length_penalty
         self._describe = describe
-        self._rows: list[Beam | None] = [Beam()]  # at first all beams are the same one
+        self._rows: list[Beam | None] = placed([Beam()], num_beams)  # at first all beams are the same one
         self._finished: list[Beam] = []
         self._num_tokens = 0  # of each beam
 
@@ -97,7 +98,7 @@ class BeamSearch:
         return beam.total / float(len(beam.written) ** self._length_penalty)
 
     def step(self, logits: Sequence[Logits]) -> None:
-        """One more token, from (vocabulary,) of each row; of only one at first. Raises EngineFailed."""
+        """One more token, from (vocabulary,) of each row. Raises EngineFailed."""
         self._num_tokens += 1
         ranked = self._candidates(logits)
         ended = [one for one in ranked[: self._num_beams] if one[2] in self._end_ids]
@@ -120,8 +121,7 @@ class BeamSearch:
 
     def _likeliest(self, logits: Logits) -> list[tuple[int, float]]:
         """Tokens and their log-probabilities: as many that do not end as there are beams, and those between them."""
-        if not np.isfinite(logits).all():
-            raise EngineFailed("the model gave logits that are not finite")
+        greatest_of(logits)
         _, top = logprobs(logits, 0, self._num_beams + len(self._end_ids))
         may_end = self._num_tokens > self._min_tokens
         return [(token, logprob) for token, logprob in top if may_end or token not in self._end_ids]
@@ -150,6 +150,8 @@ def placed(beams: Sequence[Beam], num_rows: int) -> list[Beam | None]:
 class BeamOutput:
     """The outputs of one search. They are told when it is over, the best first, and nothing of them before."""
 
+    num_untold = 0  # there is no token of theirs before it is over
+
     def __init__(self, search: BeamSearch, outputs: Sequence[Output]) -> None:
         self._search = search
         self._outputs = outputs
@@ -175,10 +177,10 @@ class BeamOutput:
         """See Output.echoed."""
         return self._outputs[0].echoed(prompt)
 
-    def write(self, rows: Sequence[Logits]) -> Iterator[Event]:
+    def write(self, rows: Sequence[Logits]) -> list[Event]:
         """One more token of every beam. Raises EngineFailed if logits are not finite."""
         self._search.step(rows)
-        if self._search.is_finished:
-            for output, beam in zip(self._outputs, self._search.best[: len(self._outputs)], strict=True):
-                for token, logprob in beam.written:
-                    yield from output.say(token, logprob)
+        if not self._search.is_finished:
+            return []
+        told = zip(self._outputs, self._search.best[: len(self._outputs)], strict=True)
+        return [event for output, beam in told for one in beam.written for event in output.say(*one)]

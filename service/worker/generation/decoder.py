@@ -145,6 +145,9 @@ class DecoderEngine:
             self._check(slot, length, 1)
         return self._decode_step(len(ids)).run(ids, lengths)
 
+    def encode(self, slots: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
+        raise NotImplementedError("a prompt is read a piece at a time: there is no encoder")
+
     def move(self, source: int, target: int, start: int, end: int) -> None:
         """`target` then holds the tokens `start` to `end` of `source`; with those before, it goes on with its bits."""
         if source != target:

@@ -31,14 +31,16 @@ def byte_alphabet() -> dict[int, int]:
     return {byte: byte for byte in printable} | {0x100 + place: byte for place, byte in enumerate(others)}
 
 
-BYTES = byte_alphabet()  # code point -> byte
+# Code point -> byte, for str.translate; what is not in the alphabet must not stay a byte either.
+BYTES = dict.fromkeys(range(256), 0xFFFF) | byte_alphabet()
 
 
 def bytes_of(piece: str) -> bytes:
     """The bytes that a byte-level token stands for; text that is not in the alphabet stands for itself."""
-    if all(ord(character) in BYTES for character in piece):
-        return bytes(BYTES[ord(character)] for character in piece)
-    return piece.encode()
+    try:
+        return piece.translate(BYTES).encode("latin-1")
+    except UnicodeEncodeError:
+        return piece.encode()
 
 
 class ByteLevel:
@@ -187,10 +189,9 @@ class Detokenizer:
         """`shown` gives a token's name, None for one that is not shown. Raises BundleError as `make_stages` does."""
         self._stages, self._shown = make_stages(decoder), shown
 
-    def add(self, token: int) -> str:
+    def add(self, *tokens: int) -> str:
         """The characters that are complete now and were not before."""
-        name = self._shown(token)
-        return "" if name is None else self._through((name,), 0)
+        return self._through([name for token in tokens if (name := self._shown(token)) is not None], 0)
 
     def flush(self) -> str:
         """The rest, when no more tokens come: U+FFFD for bytes that are no character."""

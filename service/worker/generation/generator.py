@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
+from itertools import chain
 
 from service.domain import (
     Call,
@@ -85,7 +86,7 @@ class Generator:
             engine,
             Scheduler(max_rows=max_rows, max_waiting=max_waiting, num_blocks=num_blocks),
             tell=self._tell_from_thread,
-            publish=self._publish_from_thread,
+            publish=self._publish,
             died=self._died_in_thread,
             name=manifest.id,
         )
@@ -102,7 +103,7 @@ class Generator:
         return self._failure is None
 
     async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
-        job = Job(num_places(request), call.progress)
+        job = Job(num_places(request), call.progress, call.wants_tokens)
         self._admit(request, job, call)
         reader = self._open[job] = Reader()
         alarm = self._asyncio.call_later(call.deadline - time.monotonic(), self._expire, job)
@@ -189,33 +190,24 @@ class Generator:
     def _tell_from_thread(self, events: Events) -> None:
         self._asyncio.call_soon_threadsafe(self._tell, events)
 
-    def _publish_from_thread(self, done: Done) -> None:
-        self._asyncio.call_soon_threadsafe(self._publish, done)
-
-    def _died_in_thread(self, error: BaseException) -> None:
-        self._asyncio.call_soon_threadsafe(self._die, error)
-
-    # --- asyncio thread again
-
-    def _tell(self, events: Events) -> None:
-        for job, event in events:
-            if (reader := self._open.get(job)) is not None:
-                reader.events.put_nowait(event)
-
     def _publish(self, done: Done) -> None:
-        self._tell(done.events)
+        """The event loop is not woken for nothing: that would cost as much as a step of a small model."""
+        if done.events:
+            self._tell_from_thread(done.events)
         for sequence in done.failed:
-            self._fail(sequence.job, EngineFailed(f"the engine failed on output {sequence.index}"))
+            error = EngineFailed(f"the engine failed on output {sequence.index}")
+            self._asyncio.call_soon_threadsafe(self._fail, sequence.job, error)
         for seconds in done.slot_seconds:
             self._output_seconds = 0.9 * self._output_seconds + 0.1 * seconds if self._output_seconds else seconds
         self._count(done)
 
     def _count(self, done: Done) -> None:
         metrics, name, step = self._metrics, self.info.id, done.step
+        chunks = [*chain.from_iterable(step.sources), *step.chunks]
         metrics.observe_step(
             name,
             rows=len(step.rows),
-            prefill_tokens=sum(chunk.end - chunk.start for chunk in step.chunks),
+            prefill_tokens=sum(chunk.end - chunk.start for chunk in chunks),
             prefill_seconds=done.prefill_seconds,
             decode_seconds=done.decode_seconds,
         )
@@ -226,6 +218,16 @@ class Generator:
         for job in step.released:
             if job.closed_at is not None:
                 metrics.observe_released(name, done.begun - job.closed_at)
+
+    def _died_in_thread(self, error: BaseException) -> None:
+        self._asyncio.call_soon_threadsafe(self._die, error)
+
+    # --- asyncio thread again
+
+    def _tell(self, events: Events) -> None:
+        for job, event in events:
+            if (reader := self._open.get(job)) is not None:
+                reader.events.put_nowait(event)
 
     def _die(self, error: BaseException) -> None:
         self._failure = error

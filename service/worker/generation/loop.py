@@ -1,8 +1,8 @@
 """The engine loop of one generation model: in a thread, steps from the scheduler are executed.
 
-The asyncio thread adds work and gets a step's events back: those of prompts through `tell` as soon as they are read,
-for a first token need not wait until the rows are done, all others through `publish`. The lock around the scheduler is
-all they share.
+The asyncio thread adds work; a step's events go back through `tell` for prompts, as soon as they are read, for a first
+token need not wait until the rows are done, and through `publish` for all others. The lock around the scheduler is all
+that both threads share.
 """
 
 import logging
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from service.domain import Event
 from service.worker.engine_threads import EngineThreads
+from service.worker.generation.beam_search import BeamOutput
 from service.worker.generation.prefix_cache import CHUNK
 from service.worker.generation.scheduler import Scheduler
 from service.worker.generation.sequence import Job, Sequence
@@ -29,11 +30,13 @@ Events = list[tuple[Job, Event]]
 
 
 class Engine(Protocol):
-    """What DecoderEngine does."""
+    """What DecoderEngine and TranslatorEngine do; `encode` is asked for prompts that are whole, and for no others."""
 
     def prefill(self, slot: int, ids: Several[int], start: int, *, keep: Literal["none", "last", "all"]) -> Logits: ...
 
     def decode(self, ids: Several[int], lengths: Several[int]) -> Logits: ...
+
+    def encode(self, slots: Several[int], sources: Several[Several[int]]) -> None: ...
 
     def move(self, source: int, target: int, start: int, end: int) -> None: ...
 
@@ -133,6 +136,8 @@ class GenerationLoop:
             self._engine.move(move.source, move.target, move.start, move.end)
         for restore in step.restores:
             self._engine.restore(restore.block, restore.slot, restore.start)
+        for sources in step.sources:
+            self._encode(sources, done)
         for chunk in step.chunks:
             self._prefill(chunk, done)
         if done.events and step.rows:
@@ -143,6 +148,23 @@ class GenerationLoop:
             self._decode(step, done)
         done.prefill_seconds, done.decode_seconds = prefilled - begun, time.monotonic() - prefilled
         return done
+
+    def _encode(self, sources: Several[Chunk], done: Done) -> None:
+        prompts = [chunk.sequence.prompt.ids for chunk in sources]
+        try:
+            self._engine.encode([chunk.sequence.slot for chunk in sources], prompts)
+        except Exception as error:
+            for chunk in sources:
+                if len(sources) > 1:
+                    self._encode((chunk,), done)  # the others may be right
+                else:
+                    self._fail((chunk.sequence, *chunk.forks), error, done)
+            return
+        for chunk in sources:
+            for fork in chunk.forks:
+                self._engine.move(chunk.sequence.slot, fork.slot, 0, chunk.end - 1)
+            for row in (chunk.sequence, *chunk.forks):
+                row.last_id = row.prompt.ids[-1]
 
     def _prefill(self, chunk: Chunk, done: Done) -> None:
         sequence, ids = chunk.sequence, chunk.sequence.prompt.ids
@@ -165,7 +187,7 @@ class GenerationLoop:
                 self._engine.move(sequence.slot, fork.slot, 0, chunk.end)
             for complete in (sequence, *chunk.forks):
                 if not complete.is_follower:
-                    self._write(complete, [logits[-1]], done)
+                    self._write(complete, [logits[-1]] * len(complete.rows), time.monotonic(), done)
 
     def _echo(self, chunk: Chunk, logits: Logits, done: Done) -> None:
         sequence = chunk.sequence
@@ -180,9 +202,10 @@ class GenerationLoop:
         except Exception as error:
             _log.error("the engine failed on a step of %d rows; each is tried alone", len(ids), exc_info=error)
             logits = [self._alone(row, length) for row, length in zip(step.rows, step.lengths, strict=True)]
+        now = time.monotonic()
         for row in step.rows:
-            if not row.is_follower:
-                self._write(row, [logits[one.slot] for one in row.rows], done)
+            if not (row.is_follower or row.is_finished):  # already: its source could not be read
+                self._write(row, [logits[one.slot] for one in row.rows], now, done)
 
     def _alone(self, row: Sequence, length: int) -> Logits | None:
         """The same step for one row: it stays in its slot, and one token is prefilled there."""
@@ -193,24 +216,32 @@ class GenerationLoop:
             _log.error("the engine failed on one row, too", exc_info=error)
             return None
 
-    def _write(self, sequence: Sequence, logits: Several[Logits | None], done: Done) -> None:
+    def _write(self, sequence: Sequence, logits: Several[Logits | None], now: float, done: Done) -> None:
         """One more token of an output or of all beams of a search, and what follows from it. None: the row failed."""
+        output, progress = sequence.output, sequence.job.progress
+        num_untold = output.num_untold
         rows = [row for row in logits if row is not None]
         if len(rows) < len(logits):
             self._fail((sequence,), None, done)
             return
         try:
-            done.events += [(sequence.job, event) for event in sequence.output.write(rows)]
+            for event in output.write(rows):
+                done.events.append((sequence.job, event))
         except Exception as error:
             self._fail((sequence,), error, done)
             return
-        progress, now = sequence.job.progress, time.monotonic()
-        if progress.first_token is None and sequence.output.num_tokens:  # a search has none until it is over
+        if progress.first_token is None and output.num_tokens:  # a search has none until it is over
             progress.first_token = now
-        for row, (parent, token) in zip(sequence.rows, sequence.output.continuations, strict=True):
-            row.last_id = token
-            row.parent = None if sequence.rows[parent] is row else sequence.rows[parent]
-        if sequence.output.is_finished:
+        if output.num_untold > num_untold:
+            progress.leave_untold(now - sequence.written if num_untold else None)
+            sequence.written = now
+        if isinstance(output, BeamOutput):
+            for row, (parent, token) in zip(sequence.rows, output.continuations, strict=True):
+                row.last_id = token
+                row.parent = None if sequence.rows[parent] is row else sequence.rows[parent]
+        else:
+            sequence.last_id = output.last_id
+        if output.is_finished:
             self._scheduler.finish(sequence)
             done.slot_seconds.append(now - sequence.started)
             sequence.job.num_unfinished -= len(sequence.rows)

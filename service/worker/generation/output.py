@@ -3,7 +3,7 @@
 Knows no slot, no queue and no neighbour: what an output says depends on its own logits and request alone.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,6 @@ from service.worker.generation.detokenizer import Detokenizer, StopStrings
 from service.worker.generation.sampling import Sampler, logprobs
 
 Logits = NDArray[np.float32]
-Continuation = tuple[int, int]  # the row that is continued, and with which token
 
 
 class NamesTokens(Protocol):
@@ -38,7 +37,9 @@ class Output:
         names: NamesTokens,
         end_ids: Collection[int],
         max_tokens: int,
+        wants_tokens: bool,
     ) -> None:
+        """`wants_tokens` False: its text may be told at its end only."""
         self._index = index
         self._sampler = sampler
         self._detokenizer = detokenizer
@@ -50,9 +51,11 @@ class Output:
         self._stop_ids = frozenset(request.stop_token_ids)
         self._end_ids = frozenset(end_ids)
         self._echoed: list[TokenLogprob] = []
+        self._is_told = wants_tokens or request.logprobs is not None or bool(request.stop)
+        self._untold: list[int] = []  # tokens that its end will tell the text of
         self.num_tokens = 0  # written, the one that ended it included
+        self.last_id = -1
         self.is_finished = False
-        self._last_id = -1
 
     def read(self, ids: Sequence[int], start: int, logits: Logits) -> None:
         """For echo: (len(logits), vocabulary), the logits of a prompt's tokens `ids` from `start` on."""
@@ -67,46 +70,48 @@ class Output:
         return PromptTokens(prompt, tokens)
 
     @property
-    def continuations(self) -> list[Continuation]:
-        """The row that its row goes on from, which is itself, and the token that is read next."""
-        return [(0, self._last_id)]
+    def num_untold(self) -> int:
+        """Tokens that are part of the text and of which there was no event."""
+        return len(self._untold)
 
-    def write(self, rows: Sequence[Logits]) -> Iterator[Event]:
+    def write(self, rows: Sequence[Logits]) -> Sequence[Event]:
         """One more token, from its one row of (vocabulary,). Raises EngineFailed if they are not finite."""
         (logits,) = rows
         token = self._sampler.sample(logits)
-        yield from self.say(token, self.logprob(logits, token))
+        return self.say(token, self.logprob(logits, token))
 
-    def say(self, token: int, logprob: TokenLogprob | None) -> Iterator[Event]:
+    def say(self, token: int, logprob: TokenLogprob | None) -> Sequence[Event]:
         """One more token, whoever chose it."""
         self.num_tokens += 1
-        self._last_id = token
+        self.last_id = token
         if token in self._stop_ids:
-            yield self._end("stop", token)
-        elif token in self._end_ids:
-            yield self._end("stop")
-        else:
-            yield from self._show(token, logprob)
+            return (self._end("stop", token),)
+        if token in self._end_ids:
+            return (self._end("stop"),)
+        return self._show(token, logprob) if self._is_told else self._keep(token)
 
     def logprob(self, logits: Logits, token: int) -> TokenLogprob | None:
         """What the request wants to know of a token, from (vocabulary,)."""
         return None if self._num_top is None else self._logprob(logits, token)
 
-    def _show(self, token: int, logprob: TokenLogprob | None) -> Iterator[Event]:
+    def _keep(self, token: int) -> Sequence[Event]:
+        self._untold.append(token)
+        return (self._end("length"),) if self.num_tokens >= self._max_tokens else ()
+
+    def _show(self, token: int, logprob: TokenLogprob | None) -> Sequence[Event]:
         text, stop = self._detokenizer.add(token), None
         if self.num_tokens >= self._min_tokens:
             text, stop = self._stops.feed(text)
-        yield Token(self._index, token, text, logprob)
+        shown = Token(self._index, token, text, logprob)
         if stop is not None:
             self.is_finished = True
-            yield Finish(self._index, "stop", "", stop)
-        elif self.num_tokens >= self._max_tokens:
-            yield self._end("length")
+            return shown, Finish(self._index, "stop", "", stop)
+        return (shown, self._end("length")) if self.num_tokens >= self._max_tokens else (shown,)
 
     def _end(self, reason: FinishReason, stop: int | None = None) -> Finish:
         """The end, with all text that was held back; which may complete a stop string still."""
         self.is_finished = True
-        text, matched = self._stops.feed(self._detokenizer.flush())
+        text, matched = self._stops.feed(self._detokenizer.add(*self._untold) + self._detokenizer.flush())
         if matched is not None:
             return Finish(self._index, "stop", text, matched)
         return Finish(self._index, reason, text + self._stops.flush(), stop)

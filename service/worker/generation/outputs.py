@@ -46,7 +46,7 @@ class Outputs:
 
     def _of_prompt(self, request: GenerateRequest, job: Job, prompt: Prompt, seed: int) -> list[Sequence]:
         first = prompt.index * request.n
-        outputs = [self._output(request, prompt, first + place, seed + place) for place in range(request.n)]
+        outputs = [self._output(request, job, prompt, first + place, seed + place) for place in range(request.n)]
         if request.num_beams > 1:
             search = self._search(request, prompt, outputs)
             return [Sequence(job, first, prompt, search, request.echo, num_beams=request.num_beams)]
@@ -55,7 +55,7 @@ class Outputs:
             for place, output in enumerate(outputs)
         ]
 
-    def _output(self, request: GenerateRequest, prompt: Prompt, index: int, seed: int) -> Output:
+    def _output(self, request: GenerateRequest, job: Job, prompt: Prompt, index: int, seed: int) -> Output:
         end_ids = self._end_ids(request)
         sampler = Sampler(
             request,
@@ -73,6 +73,7 @@ class Outputs:
             names=self._tokenizer,
             end_ids=end_ids,
             max_tokens=self._prompts.room(request, prompt),
+            wants_tokens=job.wants_tokens,
         )
 
     def _search(self, request: GenerateRequest, prompt: Prompt, outputs: Several[Output]) -> BeamOutput:

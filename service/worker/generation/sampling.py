@@ -4,6 +4,7 @@ A vocabulary has tens of thousands of tokens and a step many rows, so nothing he
 exact all the same.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -51,7 +52,8 @@ class Sampler:
         """`temperature` 0 takes the likeliest token. Raises InvalidRequest for ids outside of the vocabulary."""
         check_token_ids(request, vocab_size)
         self._request, self._temperature = request, temperature
-        self._random = np.random.Generator(np.random.Philox(key=seed % 2**64))
+        if temperature >= COLDEST:
+            self._random = np.random.Generator(np.random.Philox(key=seed % 2**64))
         self._bias_ids = np.fromiter(request.logit_bias.keys(), np.intp)
         self._bias = np.fromiter(request.logit_bias.values(), np.float32)
         self._banned = np.array(sorted({*end_ids, *request.stop_token_ids}), np.intp)
@@ -63,11 +65,14 @@ class Sampler:
             self._seen[list(prompt_ids)] = True
         self._counts_output = request.presence_penalty != 0 or request.frequency_penalty != 0
         self._counts: dict[int, int] = {}  # of each token in the output
+        is_adjusted = self._bias.size or self._seen.size or self._counts_output or request.min_tokens
+        self._is_greatest = temperature < COLDEST and not is_adjusted
 
     def sample(self, logits: Logits) -> int:
-        """(vocabulary,) -> a token. `logits` stay as they are. Raises EngineFailed if they are not finite."""
-        if not np.isfinite(logits).all():
-            raise EngineFailed("the model gave logits that are not finite")
+        """(vocabulary,) -> a token. `logits` stay as they are. Raises EngineFailed as `greatest_of` does."""
+        token = greatest_of(logits)
+        if self._is_greatest:
+            return token
         token = self._choose(self._adjusted(logits))
         self._num_drawn += 1
         if self._seen.size:
@@ -109,6 +114,17 @@ class Sampler:
         )
         place = drawn(weights, self._random.random())
         return place if ids is None else int(ids[place])
+
+
+def greatest_of(logits: Logits) -> int:
+    """The token with the greatest logit, of equals the first. Raises EngineFailed if that is not finite.
+
+    NaN counts as the greatest. A token whose logit is -inf is impossible, which is no failure.
+    """
+    token = int(logits.argmax())
+    if not math.isfinite(logits[token]):
+        raise EngineFailed("the model gave logits that are not finite")
+    return token
 
 
 def repeated(logits: Logits, ids: Ids, penalty: np.float32) -> None:

@@ -6,6 +6,8 @@ stalls nobody. A prompt that is complete joins the rows at the next step; what h
 before it, and its hole is filled. Prompts are cut at every multiple of CHUNK from their own start, and between those
 at multiples of GRAIN, as the budget has it, but never so that only a few tokens are left. Such pieces give the same
 bits as the whole (tests and model.verify_decoder compare them), so that a prompt's never depend on what else runs.
+Prompts that must stay whole are a translator's sources: all of its prompts are. Those of one length are read in one run
+and join the rows of the very step, which give them their first tokens.
 
 Whose piece is read: in turn that of the shortest prompt and that of the one with the lowest rank, so that short ones
 are soon done and long ones too. A request's n-th output ranks like the first of a request that came n requests later.
@@ -21,27 +23,10 @@ from collections.abc import Collection
 from collections.abc import Sequence as Several
 
 from service.errors import Overloaded
+from service.worker.generation.pieces import LEAST, budget_beside, piece
 from service.worker.generation.prefix_cache import CHUNK, Block, PrefixCache
 from service.worker.generation.sequence import Job, Sequence
 from service.worker.generation.step import Chunk, Move, Restore, Step
-
-# What a step may spend on prompts, in units of a token at a prompt's start. Beside rows it is about twice what they
-# cost, so that few gaps between two tokens are over three times the usual one; else how long a newcomer may wait.
-IDLE_BUDGET = 4 * CHUNK
-GRAIN = 16  # tokens; pieces of prompts are multiples of this
-LEAST = 8  # what is left of a budget when it is not worth a run of the graph
-FAR = 2048  # tokens of context at which a token costs twice as much as at the start
-
-
-def budget_beside(num_rows: int) -> int:
-    return max(GRAIN, 5 * num_rows) if num_rows else IDLE_BUDGET
-
-
-def piece(start: int, end: int, budget: int) -> tuple[int, int]:
-    """Where a piece of (start, end) ends that costs about `budget`, and what it costs; a small rest is not left."""
-    num_tokens = max(1, round(budget * FAR / (FAR + start) / GRAIN)) * GRAIN
-    end = end if end - start <= num_tokens + GRAIN // 2 else start + num_tokens
-    return end, (end - start) * (FAR + start) // FAR
 
 
 def slots_for(max_rows: int) -> int:
@@ -62,7 +47,7 @@ class Scheduler:
         self._rows: list[Sequence] = []
         self._num_jobs = 0
         self._num_added = 0
-        self._num_chunks = 0
+        self._num_picked = 0
         self.num_waiting = 0
 
     @property
@@ -72,8 +57,7 @@ class Scheduler:
     @property
     def num_kept_tokens(self) -> int:
         """Tokens whose K/V are in use: those of rows that hold a slot, and those of the prefix cache."""
-        in_slots = sum(one.num_computed for one in (*self._rows, *self._prefilling))
-        return in_slots + CHUNK * self._cache.num_used
+        return sum(one.num_computed for one in (*self._rows, *self._prefilling)) + CHUNK * self._cache.num_used
 
     # --- from the asyncio thread
 
@@ -112,17 +96,17 @@ class Scheduler:
         self._inherit(step)
         self._drop_unfinished_prompts(step)
         self._settle_rows(step)
+        self._plan_prompts(step, budget_beside(len(self._rows)))
         step.rows = list(self._rows)
         step.lengths = [row.num_computed for row in self._rows]
         for row in self._rows:
             row.num_computed += 1
-        self._plan_chunks(step, budget_beside(len(self._rows)))
         return step
 
     def computed(self, chunk: Chunk) -> int | None:
         """`chunk` is in its slot. Returns the block of the pool for the CHUNK tokens that it completes, if any."""
         sequence = chunk.sequence
-        if sequence.block is None or sequence.prompt.is_whole or chunk.end % CHUNK:
+        if sequence.block is None or chunk.end % CHUNK:
             return None
         block, is_new = self._cache.insert(sequence.block, sequence.prompt.chunks[chunk.end // CHUNK - 1])
         self._stand_on(sequence, block)
@@ -185,23 +169,44 @@ class Scheduler:
 
     # --- prompts
 
-    def _plan_chunks(self, step: Step, budget: int) -> None:
-        """Pieces of prompts that together cost at most about `budget`."""
+    def _plan_prompts(self, step: Step, budget: int) -> None:
+        """Sources, or pieces of prompts, that together cost at most about `budget`."""
         passed_over: set[Sequence] = set()
         least = LEAST if self._rows else CHUNK
         while budget >= least and (sequence := self._pick(passed_over)) is not None:
             if sequence.slot < 0 and self._is_coming(sequence):
                 passed_over.add(sequence)
                 continue
-            start, end = sequence.next_chunk
-            end, cost = piece(start, end, max(budget, end) if sequence.prompt.is_whole else budget)
-            if sequence.slot < 0:
-                self._start(sequence, step)
-            sequence.num_computed = end
-            forks = self._fork(sequence, step) if sequence.is_prefilled else ()
-            step.chunks.append(Chunk(sequence, start, end, forks))
-            self._num_chunks += 1
-            budget -= cost
+            plan = self._plan_sources if sequence.prompt.is_whole else self._plan_chunk
+            budget -= plan(sequence, step, budget)
+            self._num_picked += 1
+
+    def _plan_chunk(self, sequence: Sequence, step: Step, budget: int) -> int:
+        """A piece of one prompt. Gives what it costs."""
+        start, limit = sequence.next_chunk
+        end, cost = piece(start, limit, budget)
+        if sequence.slot < 0:
+            self._take_slots(sequence, step)
+            self._restore(sequence, step)
+        sequence.num_computed = end
+        forks = self._fork(sequence, step) if sequence.is_prefilled else ()
+        step.chunks.append(Chunk(sequence, start, end, forks))
+        return cost
+
+    def _plan_sources(self, first: Sequence, step: Step, budget: int) -> int:
+        """A source, whatever it costs, and others of its length. Gives what they cost."""
+        num_tokens = len(first.prompt.ids)
+        alike = [one for one in self._startable() if len(one.prompt.ids) == num_tokens and one is not first]
+        sources: list[Chunk] = []
+        for one in (first, *alike):
+            if sources and num_tokens * len(sources) + num_tokens > budget:
+                break
+            if one.slot < 0 and len(one.rows) <= self._num_places:
+                self._take_slots(one, step)
+                one.num_computed = num_tokens - 1  # the last is for the first step of decoding
+                sources.append(Chunk(one, 0, num_tokens, self._fork(one, step)))
+        step.sources.append(sources)
+        return num_tokens * len(sources)
 
     @property
     def _num_places(self) -> int:
@@ -211,7 +216,7 @@ class Scheduler:
         """The prompt to read a piece of: of those that have a slot and, while places are free, of those that wait."""
         candidates = [one for one in self._prefilling if one.is_reading]
         candidates += [one for one in self._startable() if one not in passed_over]
-        by = _rank if self._num_chunks % 2 else _shortest
+        by = _rank if self._num_picked % 2 else _shortest
         return min(candidates, key=by, default=None)
 
     def _startable(self) -> list[Sequence]:
@@ -236,17 +241,14 @@ class Scheduler:
             for one in self._prefilling
         )
 
-    def _start(self, sequence: Sequence, step: Step) -> None:
-        self._take_slots(sequence, step)
-        self._restore(sequence, step)
-
     def _take_slots(self, sequence: Sequence, step: Step) -> None:
         self._waiting.remove(sequence)
+        joined = self._rows if sequence.prompt.is_whole else self._prefilling
         for row in sequence.rows:
             row.job.num_waiting -= 1
             self.num_waiting -= 1
             row.slot = self._free_slot(len(self._rows))
-            self._prefilling.append(row)
+            joined.append(row)
             step.started.append(row)
 
     def _restore(self, sequence: Sequence, step: Step) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request's outputs. `num_places`: the rows that they take, one each or one a beam.
+    """One request's outputs. `num_places`: the rows that they take, one each or one a beam. `wants_tokens`: see Call.
 
     `is_closed` is set once nobody waits for the job any more (answered, failed, cancelled, expired): what is left of it
     leaves before the next step. `closed_at` is then a `time.monotonic()` instant, if its end should be timed.
@@ -22,6 +22,7 @@ class Job:
 
     num_places: int
     progress: Progress
+    wants_tokens: bool = True
     num_unfinished: int = field(init=False)  # of the places
     num_waiting: int = 0  # places admitted that have no slot yet
     is_closed: bool = False
@@ -35,7 +36,8 @@ class Job:
 class Prompt:
     """The tokens that one or several outputs continue; `index` is its place in the request.
 
-    One that `is_whole` is read in one piece and never cached: an encoder sees all of its source at once.
+    One that `is_whole` is read in one piece and never cached: an encoder sees all of its source at once. What follows
+    its last token begins a text of its own.
     """
 
     index: int
@@ -69,6 +71,7 @@ class Sequence:
     is_follower: bool = False
     rank: tuple[int, int] = (0, 0)  # the lower, the sooner; unique
     started: float = 0.0  # when it got its slot, a `time.monotonic()` instant
+    written: float = 0.0  # when it got its latest token, if that was not told
     slot: int = -1
     num_computed: int = 0
     num_known: int = 0  # chunks that the prefix cache had when it was last asked
@@ -94,9 +97,9 @@ class Sequence:
 
     @property
     def next_chunk(self) -> tuple[int, int]:
-        """What to compute next of the prompt, up to the end of a chunk if it may be cut, as (start, end)."""
-        start, end = max(self.num_computed, self.num_known * CHUNK), len(self.prompt.ids)
-        return start, end if self.prompt.is_whole else min((start // CHUNK + 1) * CHUNK, end)
+        """What to compute next of the prompt, up to the end of a chunk, as (start, end)."""
+        start = max(self.num_computed, self.num_known * CHUNK)
+        return start, min((start // CHUNK + 1) * CHUNK, len(self.prompt.ids))
 
     @property
     def num_missing(self) -> int:

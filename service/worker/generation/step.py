@@ -29,7 +29,7 @@ class Chunk:
     """Compute tokens `start` to `end` of a sequence's prompt.
 
     `forks` are other outputs or beams of this prompt, which this chunk completes: they get copies of its K/V, and
-    outputs get its logits.
+    outputs get its logits, if it has any.
     """
 
     sequence: Sequence
@@ -46,13 +46,15 @@ class Chunk:
 class Step:
     """What to do now, in the order of the fields.
 
-    `rows` are the outputs and beams to write a token of, row i in slot i, whose token goes to position `lengths[i]`.
-    `started` are those that got a slot, `released` the jobs of those that lost one because nobody waits for them any
-    more.
+    `sources` are lists of whole prompts of one length, each to be read in one run, but for their last tokens: those
+    are the first that their rows read, which are among the `rows` already. `rows` are the outputs and beams to write a
+    token of, row i in slot i, whose token goes to position `lengths[i]`. `started` are those that got a slot,
+    `released` the jobs of those that lost one because nobody waits for them any more.
     """
 
     moves: list[Move] = field(default_factory=list)
     restores: list[Restore] = field(default_factory=list)
+    sources: list[list[Chunk]] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     rows: list[Sequence] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)

@@ -137,7 +137,7 @@ class RejoinedOutput:
             event = waiting.popleft()
             text, self._said = self._said + event.text, ""
             if isinstance(event, Token):
-                yield replace(event, index=self._index, text=text)
+                yield Token(self._index, event.id, text, event.logprob)
             else:
                 yield from self._end_sentence(event, text)
 

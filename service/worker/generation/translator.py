@@ -7,6 +7,7 @@ No operator mixes rows: a row's logits are the same bits alone and among others,
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ class Step:
 
     def __init__(self, session: Session, source_ends: NDArray[np.int32], logits: Logits) -> None:
         """source_ends (rows): the place of each source's last token; logits (rows, 1, vocabulary)."""
-        self._source_ends, self._logits = source_ends, logits
+        self.source_ends = source_ends
+        self._rows = logits[:, 0]
         self._ids = np.zeros((len(logits), 1), np.int64)
         self._lengths = np.zeros(len(logits), np.int32)
         self._longest, self._longest_source = np.zeros((), np.int32), np.zeros((), np.int32)
@@ -38,15 +40,14 @@ class Step:
         self.bound.bind_input("longest_source", self._longest_source)
         self.bound.bind_output("logits", logits)
 
-    def run(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+    def run(self, ids: Sequence[int], lengths: Sequence[int], last_source_end: int) -> Logits:
         """`lengths`: tokens of each translation before this one, the start token included."""
         self._ids[:, 0] = ids
         self._lengths[:] = lengths
-        self._longest[...] = max(lengths) + 1
-        self._longest_source[...] = self._source_ends.max() + 1
+        self._longest[()] = max(lengths) + 1
+        self._longest_source[()] = last_source_end + 1
         self.bound.run()
-        logits: Logits = self._logits[:, 0]
-        return logits
+        return self._rows
 
 
 class TranslatorEngine:
@@ -79,13 +80,30 @@ class TranslatorEngine:
             message = f"{own.num_layers} layers have keys and values of their own, {cross.num_layers} of the source"
             raise BundleError(f"{bundle.directory}: {message}")
         self._names = own.names
-        self._encoder = Session(bundle.graph_path(ENCODE), bundle.graph(ENCODE), threads=threads, spin=spin)
-        self._decoder = Session(bundle.graph_path(DECODE), decode, threads=threads, spin=spin)
+        self._encoded = [f"{CROSS}{name}" for name in own.names]
+        opened = partial(Session, threads=threads, spin=spin, seven_bits=True)  # as model.quantize makes them
+        self._encoder = opened(bundle.graph_path(ENCODE), bundle.graph(ENCODE), arena=True)
+        self._decoder = opened(bundle.graph_path(DECODE), decode)
         self._own = KvMemory(own, num_slots=num_slots, max_tokens=self.max_tokens, num_blocks=0)
         self._cross = KvMemory(cross, num_slots=num_slots, max_tokens=self.max_tokens, num_blocks=0)
         self._source_ends = np.zeros(num_slots, np.int32)  # the place of each source's last token
         self._logits = np.empty((num_slots, 1, self.vocab_size), np.float32)
         self._steps: dict[tuple[int, int], Step] = {}  # by the slots they are bound to: (first, end)
+
+    def encode(self, slots: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
+        """Reads sources of one length in one run, each into its slot; their last tokens are still to be read.
+
+        Each leaves the bits that it would leave alone.
+        """
+        rows, lengths = list(slots), [len(source) for source in sources]
+        num_tokens = lengths[0]
+        fits = 0 <= min(rows) <= max(rows) < self.num_slots and 0 < num_tokens <= self.max_tokens
+        if not fits or lengths != [num_tokens] * len(rows):
+            raise ValueError(f"sources of {lengths} tokens, to be one length, for slots {rows}: {self._room}")
+        found = self._encoder.run({"ids": np.array(sources, np.int64)}, self._encoded)
+        for memory, tensor in zip(self._cross.slots, found, strict=True):
+            memory[rows, :, :num_tokens] = tensor  # (sources, heads, num_tokens, width)
+        self._source_ends[rows] = num_tokens - 1
 
     def prefill(self, slot: int, ids: Sequence[int], start: int, *, keep: Keep) -> Logits:
         """Reads a whole source into `slot`, or a single token behind the `start` that it holds: (1, vocabulary).
@@ -95,18 +113,17 @@ class TranslatorEngine:
         if keep != "last" or (start and len(ids) != 1):
             raise ValueError(f"{len(ids)} tokens from {start} on, to keep {keep}: a source is read whole, for its end")
         if not start:
-            self._read(slot, ids)
-            ids, start = [self._start_id], len(ids) - 1
-        step = self._step(slot, slot + 1)
-        return step.run(ids, [self._own_length(slot, start)]).copy()
+            self.encode([slot], [ids])
+            ids, start = ids[-1:], len(ids) - 1
+        return self._read(slot, ids, [start]).copy()
 
     def decode(self, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
         """One token for each of slots 0 to B-1, behind the `lengths` tokens that they hold: (B, vocabulary).
 
-        The array is written again by the next run: whoever needs it longer copies it.
+        The last token of a source that `encode` has read is one of them. The array is written again by the next run:
+        whoever needs it longer copies it.
         """
-        own_lengths = [self._own_length(slot, length) for slot, length in enumerate(lengths)]
-        return self._step(0, len(ids)).run(ids, own_lengths)
+        return self._read(0, ids, lengths)
 
     def move(self, source: int, target: int, start: int, end: int) -> None:
         """`target`, which holds what comes before, then holds the tokens from `start` to `end` of `source`, too.
@@ -136,24 +153,22 @@ class TranslatorEngine:
         for num_rows in {1, self.num_slots}:
             self.decode([0] * num_rows, [1] * num_rows)
 
-    def _read(self, slot: int, ids: Sequence[int]) -> None:
-        num_tokens = len(ids)
-        if not (0 <= slot < self.num_slots and 0 < num_tokens <= self.max_tokens):
-            raise ValueError(f"a source of {num_tokens} tokens for slot {slot}: {self._room}")
-        found = self._encoder.run({"ids": np.array([ids], np.int64)}, [f"{CROSS}{name}" for name in self._names])
-        for memory, tensor in zip(self._cross.slots, found, strict=True):
-            memory[slot, :, :num_tokens] = tensor[0]  # (heads, num_tokens, width)
-        self._source_ends[slot] = num_tokens - 1
-
-    def _own_length(self, slot: int, length: int) -> int:
-        """Tokens of the translation, the start token included, in a slot that holds `length` of the sequence.
+    def _read(self, first: int, ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """One token for each of the slots from `first` on; see `decode`.
 
         The graph writes where it is told to: a place that does not exist would be somebody else's memory.
         """
-        own_length = length - int(self._source_ends[slot]) if 0 <= slot < self.num_slots else -1
-        if not 0 <= own_length < self.max_tokens:
-            raise ValueError(f"{length} tokens in slot {slot}: {self._room}")
-        return own_length
+        end = first + len(ids)
+        if not 0 <= first < end <= self.num_slots:
+            raise ValueError(f"tokens for slots {first} to {end}: {self._room}")
+        step = self._step(first, end)
+        source_ends = step.source_ends.tolist()
+        own_lengths = [length - source_end for length, source_end in zip(lengths, source_ends, strict=True)]
+        if min(own_lengths) < 0 or max(own_lengths) >= self.max_tokens:
+            raise ValueError(f"{lengths} tokens in slots {first} to {end}, sources end at {source_ends}: {self._room}")
+        if 0 in own_lengths:  # what follows the source is no token of it
+            ids = [token if length else self._start_id for token, length in zip(ids, own_lengths, strict=True)]
+        return step.run(ids, own_lengths, max(source_ends))
 
     @property
     def _room(self) -> str:
