@@ -7,8 +7,8 @@ raw text and gives raw text, and learns from Tatoeba too. Each stage has its own
 done is skipped, one that was interrupted resumes:
   NAME-subwords  the joint vocabulary, and random segmentations of the training pairs
   NAME-plain     cross-entropy
-  NAME-annealed  captions only: trained on with less dropout, the rate falling to 0
-  NAME-again     captions only: the same once more
+  NAME-descent-N captions only: trained on with less dropout, the rate falling to 0, and so again
+  NAME-longer    everyday only: trained on for more epochs, the rate falling to 0 again
   NAME           the mean of what the last stages ended with, and its scores
 Each stage ends with the moving average of its weights.
 """
@@ -40,7 +40,6 @@ from model.translate import translate
 BPE_DROPOUT = 0.1
 SMOOTHING = 0.1
 BEAMS = 5
-PENALTIES = (0.6, 1.0, 1.4)  # of the length; chosen on validation
 DATA_HELP = """folder with multi30k/{train,val,test_2016_flickr}.{en,de}, the same as .lc.norm.tok.{en,de}
 (github.com/multi30k/dataset, task 1), and tatoeba/train.tsv, English TAB German (manythings.org/anki)"""
 
@@ -63,6 +62,7 @@ class Plan:
     stages: tuple[Stage, ...]
     num_averaged: int  # stages, counted from the last, the mean of whose final weights is the result
     num_variants: int  # segmentations of the training pairs, taken in turn
+    penalties: tuple[float, ...]  # of the length in beam search; the best on validation is taken
 
     def folders(self) -> list[str]:
         """Where the vocabulary, each stage and the result are."""
@@ -99,10 +99,8 @@ PLAIN = TrainConfig(
     evaluate_every=300,
     save_every=150,
 )
-ANNEALED = replace(
-    PLAIN, learning_rate=1.8e-3, epochs=24, schedule="linear", warmup=0.01, average=0.98, seed=3, save_every=100
-)
-AGAIN = replace(ANNEALED, learning_rate=1.2e-3, epochs=11, seed=4, evaluate_every=600)
+DESCENT = replace(PLAIN, schedule="linear", warmup=0.01, average=0.98, evaluate_every=600, save_every=100)
+DESCENTS = ((1.8e-3, 24), (1.2e-3, 11), (1.5e-3, 16), (1.5e-3, 20))  # learning rate, epochs
 SHORT = replace(
     PLAIN,
     learning_rate=2e-3,
@@ -114,19 +112,28 @@ SHORT = replace(
     evaluate_every=1000,
     save_every=100,
 )
+LONGER = replace(SHORT, learning_rate=1.6e-3, epochs=5, warmup=0.02, seed=2)
 CAPTIONS = Plan(
     name="captions",
     model=TINY,
-    stages=(Stage("plain", 0.3, PLAIN), Stage("annealed", 0.2, ANNEALED), Stage("again", 0.2, AGAIN)),
-    num_averaged=2,
+    stages=(
+        Stage("plain", 0.3, PLAIN),
+        *(
+            Stage(f"descent-{number}", 0.2, replace(DESCENT, learning_rate=rate, epochs=epochs, seed=2 + number))
+            for number, (rate, epochs) in enumerate(DESCENTS, start=1)
+        ),
+    ),
+    num_averaged=3,
     num_variants=16,
+    penalties=(1.0,),  # what the paper's figure was made with: fairseq's default
 )
 EVERYDAY = Plan(
     name="everyday",
     model=replace(TINY, vocab_size=8000, width=256, num_decoder_layers=2, feed_forward=768),
-    stages=(Stage("plain", 0.1, SHORT),),
+    stages=(Stage("plain", 0.1, SHORT), Stage("longer", 0.1, LONGER)),
     num_averaged=1,
     num_variants=8,
+    penalties=(0.6, 1.0, 1.4, 1.8),
 )
 PLANS = (CAPTIONS, EVERYDAY)
 
@@ -194,7 +201,7 @@ def conclude(plan: Plan, out: Path, corpus: Corpus) -> None:
     config, model = load_checkpoint(ends[-1], EncoderDecoder)
     load_mean(model, ends)
     tokenizer = load_subwords(ends[-1] / "tokenizer.json")
-    found = {penalty: scores(model, tokenizer, corpus, search=searching(penalty)) for penalty in PENALTIES}
+    found = {penalty: scores(model, tokenizer, corpus, search=searching(penalty)) for penalty in plan.penalties}
     penalty = max(found, key=lambda key: sum(score.value for score in found[key].values()))
     facts: dict[str, Any] = {"num_beams": BEAMS, "length_penalty": penalty}
     facts["validation"] = {key: {name: value._asdict() for name, value in each.items()} for key, each in found.items()}

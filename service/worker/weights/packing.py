@@ -9,7 +9,7 @@ A matrix is one of three kinds, each of which gives a row the same bits whatever
 - "float32";
 - "blocks8", for MatMulNBits: a scale for every 32 inputs of a row. (Longer blocks would sum in an order that depends on
   the number of rows.) Q8_0's own codes come back exactly.
-- "rows8", for MatMulIntegerToFloat: a scale a row. With VNNI more than twice as fast as blocks8 at 16 rows, less accurate.
+- "rows8", for MatMulIntegerToFloat: a scale a row. With VNNI twice as fast as blocks8 at 16 rows, less accurate.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
