@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -248,15 +248,3 @@ def load_checkpoint(directory: Path, kind: type[M] = Classifier) -> tuple[ModelC
     model = kind(config)
     load_model(model, directory / "model.safetensors")
     return config, model.eval()
-
-
-@torch.no_grad()
-def load_mean(model: nn.Module, paths: Sequence[Path]) -> None:
-    """Gives the model the mean of the weights in some checkpoints (Vaswani et al. 2017, section 6.1)."""
-    sums = [torch.zeros_like(parameter) for parameter in model.parameters()]
-    for path in paths:
-        load_model(model, path / "model.safetensors")
-        for total, parameter in zip(sums, model.parameters(), strict=True):
-            total += parameter
-    for total, parameter in zip(sums, model.parameters(), strict=True):
-        parameter.copy_(total / len(paths))

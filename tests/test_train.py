@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model.config import ModelConfig
@@ -18,7 +18,7 @@ from model.evaluate import accuracy, predict
 from model.objective import translation_loss
 from model.optimizer import learning_rate_scale, parameter_groups
 from model.pairs import EncodedPairs, Ragged, Variants
-from model.train import Run, TrainConfig, load_checkpoint, load_mean, save_checkpoint, train
+from model.train import Run, TrainConfig, load_checkpoint, save_checkpoint, train
 from model.transformer import Classifier, EncoderDecoder
 from tests.tiny_translation import CONFIG as TRANSLATOR
 from tests.tiny_translation import tiny_translator
@@ -237,18 +237,6 @@ def test_a_resumed_translation_run_is_bit_equal_to_an_uninterrupted_one(tmp_path
     train(resumed, no_scores)
     assert resumed.step == whole.step == whole.total
     assert_same_weights(resumed.model, whole.model)
-
-
-def test_the_mean_of_checkpoints(tmp_path: Path) -> None:
-    models = [tiny_translator(seed=seed) for seed in (1, 2)]
-    for number, model in enumerate(models):
-        (tmp_path / str(number)).mkdir()
-        save_model(model, str(tmp_path / str(number) / "model.safetensors"))
-    mean = tiny_translator(seed=3)
-    load_mean(mean, [tmp_path / "0", tmp_path / "1"])
-    for ours, *each in zip(*(model.parameters() for model in (mean, *models)), strict=True):
-        torch.testing.assert_close(ours, sum(each) / 2)
-    assert mean.head.weight is mean.encoder.stack.embedding.token.weight
 
 
 def test_the_second_moment_decays_as_configured(tmp_path: Path) -> None:

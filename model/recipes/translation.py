@@ -9,7 +9,7 @@ done is skipped, one that was interrupted resumes:
   NAME-plain     cross-entropy
   NAME-descent-N captions only: trained on with less dropout, the rate falling to 0, and so again
   NAME-longer    everyday only: trained on for more epochs, the rate falling to 0 again
-  NAME           the mean of what the last stages ended with, and its scores
+  NAME           what the last stage ended with, and its scores
 Each stage ends with the moving average of its weights.
 """
 
@@ -33,7 +33,7 @@ from model.pairs import Pair, Variants
 from model.recipes.translation_corpora import Corpus, captions_corpus, everyday_corpus
 from model.search import beam
 from model.subwords import PAD_ID, START_ID, encode_pairs, load_encoded, load_subwords, save_encoded, train_subwords
-from model.train import Run, TrainConfig, load_checkpoint, load_mean, save_checkpoint, train
+from model.train import Run, TrainConfig, load_checkpoint, save_checkpoint, train
 from model.transformer import EncoderDecoder
 from model.translate import translate
 
@@ -60,7 +60,6 @@ class Plan:
     name: str
     model: ModelConfig
     stages: tuple[Stage, ...]
-    num_averaged: int  # stages, counted from the last, the mean of whose final weights is the result
     num_variants: int  # segmentations of the training pairs, taken in turn
     penalties: tuple[float, ...]  # of the length in beam search; the best on validation is taken
 
@@ -123,7 +122,6 @@ CAPTIONS = Plan(
             for number, (rate, epochs) in enumerate(DESCENTS, start=1)
         ),
     ),
-    num_averaged=3,
     num_variants=16,
     penalties=(1.0,),  # what the paper's figure was made with: fairseq's default
 )
@@ -131,7 +129,6 @@ EVERYDAY = Plan(
     name="everyday",
     model=replace(TINY, vocab_size=8000, width=256, num_decoder_layers=2, feed_forward=768),
     stages=(Stage("plain", 0.1, SHORT), Stage("longer", 0.1, LONGER)),
-    num_averaged=1,
     num_variants=8,
     penalties=(0.6, 1.0, 1.4, 1.8),
 )
@@ -195,19 +192,17 @@ def save(
 
 
 def conclude(plan: Plan, out: Path, corpus: Corpus) -> None:
-    """Averages, chooses the length penalty on validation, scores the test sets once, and prints the figures."""
-    *before, result = (out / name for name in plan.folders())
-    ends = before[-plan.num_averaged :]
-    config, model = load_checkpoint(ends[-1], EncoderDecoder)
-    load_mean(model, ends)
-    tokenizer = load_subwords(ends[-1] / "tokenizer.json")
+    """Chooses the length penalty on validation, scores the test sets once, and prints the figures."""
+    *_, last, result = (out / name for name in plan.folders())
+    config, model = load_checkpoint(last, EncoderDecoder)
+    tokenizer = load_subwords(last / "tokenizer.json")
     found = {penalty: scores(model, tokenizer, corpus, search=searching(penalty)) for penalty in plan.penalties}
     penalty = max(found, key=lambda key: sum(score.value for score in found[key].values()))
     facts: dict[str, Any] = {"num_beams": BEAMS, "length_penalty": penalty}
     facts["validation"] = {key: {name: value._asdict() for name, value in each.items()} for key, each in found.items()}
     facts["test"] = test_scores(model, tokenizer, corpus, penalty)
     print(json.dumps(facts, indent=2))
-    save(result, config, corpus, model, facts, ends[-1] / "tokenizer.json")
+    save(result, config, corpus, model, facts, last / "tokenizer.json")
 
 
 def searching(penalty: float) -> Callable[..., list[list[int]]]:
