@@ -130,7 +130,7 @@ EVERYDAY = Plan(
     model=replace(TINY, vocab_size=8000, width=256, num_decoder_layers=2, feed_forward=768),
     stages=(Stage("plain", 0.1, SHORT), Stage("longer", 0.1, LONGER)),
     num_variants=8,
-    penalties=(0.6, 1.0, 1.4, 1.8),
+    penalties=(1.0, 1.4, 1.8),
 )
 PLANS = (CAPTIONS, EVERYDAY)
 
