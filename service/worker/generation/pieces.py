@@ -11,11 +11,11 @@ FAR = 2048  # tokens of context at which a token costs twice as much as at the s
 
 
 def budget_beside(num_rows: int) -> int:
-    return max(GRAIN, 5 * num_rows) if num_rows else IDLE_BUDGET
+    return max(GRAIN, 4 * num_rows) if num_rows else IDLE_BUDGET
 
 
 def piece(start: int, end: int, budget: int) -> tuple[int, int]:
-    """Where a piece of (start, end) ends that costs about `budget`, and what it costs; a small rest is not left."""
-    num_tokens = max(1, round(budget * FAR / (FAR + start) / GRAIN)) * GRAIN
+    """Where a piece of (start, end) ends that costs up to `budget`, and what it costs; a small rest is not left."""
+    num_tokens = max(1, budget * FAR // (FAR + start) // GRAIN) * GRAIN
     end = end if end - start <= num_tokens + GRAIN // 2 else start + num_tokens
     return end, (end - start) * (FAR + start) // FAR
