@@ -10,7 +10,6 @@ import argparse
 import http.client
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from .contenders import serve_command
 from .sentences import own_sentences, read_sentences
-from .servers import Running, Server, free_port
+from .servers import Running, Server, free_port, scratch_folder
 
 LIMIT = 1.5  # times the plain request
 WANTED = {"layers": "last", "reduce": "mean", "encoding": "base64"}
@@ -90,9 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     texts = (read_sentences(given.data) if given.data else own_sentences())[: given.count]
     found: dict[str, Mapping[str, float]] = {}
-    with tempfile.TemporaryDirectory(prefix="attnd-bench-") as scratch:
+    with scratch_folder() as scratch:
         for model in given.models:
-            found[model] = one = measure(model, texts, Path(scratch))
+            found[model] = one = measure(model, texts, scratch)
             verdict = "met" if one["ratio"] <= LIMIT else "MISSED"
             print(f"{model:12} with maps / plain {one['ratio']:.2f}, at most {LIMIT}: {verdict}", flush=True)
     rounded = {model: {name: round(value, 3) for name, value in one.items()} for model, one in found.items()}

@@ -8,10 +8,8 @@ meanwhile hits all alike. Ratios are taken round by round. All on the same cores
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -27,7 +25,7 @@ from .machine import machine, say
 from .measurement import Bench, Point, bodies_file, measure, points_of, wrong_replies
 from .report import Rounds, full, summary, table, verdict_lines, verdicts
 from .sentences import own_sentences, read_sentences
-from .servers import Running, Server, awake, running
+from .servers import Running, Server, awake, running, scratch_folder
 from .tuning import Tried, best_of, tuned
 
 NAMES = ("attnd", *PEER_NAMES)
@@ -178,10 +176,8 @@ def main() -> None:
     if not (given.bundle / "manifest.json").is_file():
         raise SystemExit(f"no bundle at {given.bundle}")
     given.cache.mkdir(parents=True, exist_ok=True)
-    # Ended from outside, the run still ends its servers: most of them are suspended and would stay for ever.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    with tempfile.TemporaryDirectory(prefix="attnd-bench-") as scratch:
-        run(given, Path(scratch))
+    with scratch_folder() as scratch:
+        run(given, scratch)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ included. A contender that fails is left out from then on, and the run says so.
 import argparse
 import json
 import os
-import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -39,7 +37,7 @@ from .generation_report import GenerationRounds, fault_lines, full, summary, tab
 from .loads import LoadFailed, run_module, run_streams
 from .machine import machine, say
 from .report import verdict_lines
-from .servers import Running, Server, ServerFailed, awake, running
+from .servers import Running, Server, ServerFailed, awake, running, scratch_folder
 from .streams import StreamSample
 
 _BARE_CONCURRENCIES = (1, 16)
@@ -232,10 +230,8 @@ def main() -> None:
     given = options(sys.argv[1:])
     given.cache = given.cache.expanduser().resolve()
     given.cache.mkdir(parents=True, exist_ok=True)
-    # Ended from outside, the run still ends its servers: most of them are suspended and would stay for ever.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    with tempfile.TemporaryDirectory(prefix="attnd-bench-") as scratch:
-        run(given, Path(scratch))
+    with scratch_folder() as scratch:
+        run(given, scratch)
 
 
 if __name__ == "__main__":

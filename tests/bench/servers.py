@@ -11,6 +11,8 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -137,6 +139,14 @@ def signal_all(processes: Sequence[int], number: signal.Signals) -> None:
     for pid in processes:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Where a bench's servers leave their logs. Ended from outside, the run still ends them: most are suspended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    with tempfile.TemporaryDirectory(prefix="attnd-bench-") as folder:
+        yield Path(folder)
 
 
 @contextmanager

@@ -10,9 +10,7 @@ import argparse
 import hashlib
 import json
 import os
-import signal
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,7 +27,7 @@ from .loads import LoadFailed, run_generator
 from .machine import machine, say
 from .report import verdict_lines
 from .sentences import own_sentences, read_sentences
-from .servers import Server, ServerFailed, awake, running
+from .servers import Server, ServerFailed, awake, running, scratch_folder
 from .translation_contenders import (
     BEAMS,
     NAMES,
@@ -249,10 +247,8 @@ def main() -> None:
             raise SystemExit(f"there is no {path}")
     check_weights(given.bundle, given.checkpoint)
     given.cache.mkdir(parents=True, exist_ok=True)
-    # Ended from outside, the run still ends its servers: most of them are suspended and would stay for ever.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    with tempfile.TemporaryDirectory(prefix="attnd-bench-") as scratch:
-        run(given, Path(scratch))
+    with scratch_folder() as scratch:
+        run(given, scratch)
 
 
 if __name__ == "__main__":
