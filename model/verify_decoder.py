@@ -9,9 +9,8 @@ check runs, whatever the others say, and states what it found.
 import argparse
 import itertools
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,15 @@ from numpy.typing import NDArray
 
 from model import decoder_attention_graph, decoder_graph
 from model.config import ModelConfig
-from model.export_decoder import ATTENTION_GRAPH, GRAPH, SMOOTHING_FILE, WEIGHTS_FILE, tensor_spec, tensors_of
+from model.export_decoder import ATTENTION_GRAPH, GRAPH, SMOOTHING_FILE, WEIGHTS_FILE, tensors_of
 from model.importers.gguf import load_gguf
 from model.transformer import LanguageModel
 from model.verify import Check, Report, checked
 from model.verify_attention import attention
-from service.worker.bundle import Bundle, file_spec, load_bundle
+from model.verify_generation import agreement, correlation, difference, facts, interface, packed_again
+from service.worker.bundle import Bundle, load_bundle
 from service.worker.generation.decoder import BLOCK, DecoderEngine
-from service.worker.weights.packing import PRECISIONS, decoder_pieces, read_smoothing, write_pieces
+from service.worker.weights.packing import PRECISIONS, decoder_pieces, read_smoothing
 
 NUM_SLOTS = 16
 NUM_NEW = 50  # greedy tokens a prompt
@@ -89,9 +89,10 @@ def verify_decoder(
         subject = Subject(bundle, open_engine(bundle), config, model.eval(), prompts)
     except Exception as error:  # whatever keeps it from being served is the finding
         return Report((Check("loads", False, str(error)),))
+    declared = {GRAPH: decoder_graph.interface(config), ATTENTION_GRAPH: decoder_attention_graph.interface(config)}
     checks = [
-        checked("facts", facts, subject),
-        checked("interface", interface, subject),
+        checked("facts", facts, bundle, config),
+        checked("interface", interface, bundle, declared),
         checked("weights", weights, subject),
         checked("logits", logits, subject),
         checked(
@@ -107,28 +108,6 @@ def verify_decoder(
     return Report((*checks, judged(measured, is_exact=subject.is_exact)), {"perplexity": measured})
 
 
-def facts(subject: Subject) -> tuple[bool, str]:
-    manifest, config = subject.bundle.manifest, asdict(subject.config)
-    wrong = [name for name in config if name != "labels" and manifest.architecture.get(name) != config[name]]
-    if manifest.limits.max_tokens > subject.config.max_length:
-        wrong.append("limits.max_tokens")
-    return not wrong, f"differ from the checkpoint: {', '.join(wrong)}" if wrong else "equal to the checkpoint's"
-
-
-def interface(subject: Subject) -> tuple[bool, str]:
-    """Names, types and open axes. (That the graphs are what the manifest says, the sessions have checked.)"""
-    wrong, found = [], []
-    for name, module in ((GRAPH, decoder_graph), (ATTENTION_GRAPH, decoder_attention_graph)):
-        spec = subject.bundle.graph(name)
-        for ours, declared in zip((spec.inputs, spec.outputs), module.interface(subject.config), strict=True):
-            expected = tuple(map(tensor_spec, declared))
-            wrong += [
-                f"{name}: {one} instead of {other}" for one, other in zip(ours, expected, strict=True) if one != other
-            ]
-        found.append(f"{name}: {len(spec.inputs)} inputs, {len(spec.outputs)} outputs")
-    return not wrong, "; ".join(wrong) or f"{', '.join(found)}, axes open"
-
-
 def weights(subject: Subject) -> tuple[bool, str]:
     """Packed once more, the checkpoint's weights are the file's, byte for byte."""
     bundle, config, smoothing = subject.bundle, subject.config, None
@@ -142,21 +121,16 @@ def weights(subject: Subject) -> tuple[bool, str]:
         kinds=PRECISIONS[bundle.manifest.precision],
         smoothing=smoothing,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        write_pieces(Path(folder) / WEIGHTS_FILE, parts)
-        again = file_spec(Path(folder) / WEIGHTS_FILE)
-    same = again == bundle.manifest.files[WEIGHTS_FILE]
-    return same, f"packed again: {'the same' if same else 'other'} {again.bytes} bytes"
+    return packed_again(bundle, WEIGHTS_FILE, parts)
 
 
 def logits(subject: Subject) -> tuple[bool, str]:
     """All positions of every prompt: to MAX_DIFFERENCE in float32, by correlation in int8."""
     ours = np.concatenate([served(subject.engine, ids) for ids in subject.prompts])
     theirs = np.concatenate([subject.reference(ids) for ids in subject.prompts])
-    difference = float(np.abs(ours - theirs).max())
-    similarity = float(np.corrcoef((ours - ours.mean(0)).ravel(), (theirs - theirs.mean(0)).ravel())[0, 1])
-    found = f"largest difference {difference:.2e}, correlation {similarity:.5f} at {len(ours)} positions"
-    return (difference <= MAX_DIFFERENCE if subject.is_exact else similarity >= MIN_CORRELATION), found
+    gap, similarity = difference(ours, theirs), correlation(ours, theirs)
+    found = f"largest difference {gap:.2e}, correlation {similarity:.5f} at {len(ours)} positions"
+    return (gap <= MAX_DIFFERENCE if subject.is_exact else similarity >= MIN_CORRELATION), found
 
 
 def continued(engine: DecoderEngine, prompt: Ids, num_new: int) -> list[int]:
@@ -175,10 +149,7 @@ def greedy_tokens(subject: Subject) -> tuple[bool, str]:
         new = continued(subject.engine, prompt, min(NUM_NEW, room))
         chosen = subject.reference([*prompt, *new[:-1]])[len(prompt) - 1 :].argmax(-1)
         hits.append(chosen == new)
-    share = float(np.concatenate(hits).mean())
-    whole = sum(bool(one.all()) for one in hits)
-    found = f"{share:.2%} of {sum(map(len, hits))} tokens, {whole} of {len(hits)} continuations whole"
-    return share >= (1.0 if subject.is_exact else MIN_AGREEMENT), found
+    return agreement(hits, 1.0 if subject.is_exact else MIN_AGREEMENT)
 
 
 def decoded(engine: DecoderEngine, prompts: Sequence[Ids], tokens: NDArray[np.int64]) -> list[Logits]:
@@ -209,8 +180,8 @@ def batched_alone(subject: Subject) -> tuple[bool, str]:
     wrong = []
     for name, (engine, rows) in tried.items():
         together = np.stack(decoded(engine, prompts[rows], tokens[:, rows]), axis=1)  # (rows, steps, V)
-        difference = max(float(np.abs(a - b).max()) for a, b in zip(together, alone[rows], strict=True))
-        wrong += [f"{name}: largest difference {difference:.2e}"] if difference else []
+        gap = max(difference(a, b) for a, b in zip(together, alone[rows], strict=True))
+        wrong += [f"{name}: largest difference {gap:.2e}"] if gap else []
     return not wrong, "; ".join(
         wrong
     ) or f"bit-equal for {len(prompts)} rows, {NUM_STEPS} steps, {len(tried)} kinds of batch"
@@ -228,8 +199,8 @@ def cut_whole(subject: Subject) -> tuple[bool, str]:
             parts += [
                 subject.engine.prefill(1, chunk[at:end], start + at, keep="all") for at, end in itertools.pairwise(cuts)
             ]
-        difference = float(np.abs(np.concatenate(parts) - whole).max())
-        wrong += [f"in pieces of {size}: largest difference {difference:.2e}"] if difference else []
+        gap = difference(np.concatenate(parts), whole)
+        wrong += [f"in pieces of {size}: largest difference {gap:.2e}"] if gap else []
     return not wrong, "; ".join(wrong) or f"bit-equal for {len(prompt)} tokens in pieces of {CUTS}"
 
 

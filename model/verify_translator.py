@@ -8,7 +8,6 @@ check runs, whatever the others say, and states what it found.
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.export_decoder import tensor_spec
 from model.recipes.translation import DATA_HELP
 from model.recipes.translation_corpora import everyday_corpus
 from model.subwords import START_ID, load_subwords
@@ -32,11 +30,10 @@ from model.translator_quality import Ids, Logits, Sets, Written, quality, write
 from model.translator_samples import Samples, random_ids, read_samples
 from model.translator_weights import WEIGHTS_FILE, translator_pieces
 from model.verify import Check, Report, checked
-from model.verify_decoder import facts
-from service.worker.bundle import TOKENIZER, Bundle, file_spec, load_bundle
+from model.verify_generation import agreement, correlation, difference, facts, interface, packed_again
+from service.worker.bundle import TOKENIZER, Bundle, load_bundle
 from service.worker.generation.translator import TranslatorEngine
 from service.worker.session import Session
-from service.worker.weights.packing import write_pieces
 
 NUM_SLOTS = 16
 NUM_SOURCES = 100
@@ -112,8 +109,8 @@ def verify_translator(
     except Exception as error:  # whatever keeps it from being served is the finding
         return Report((Check("loads", False, str(error)),))
     checks = [
-        checked("facts", facts, subject),
-        checked("interface", interface, subject),
+        checked("facts", facts, bundle, config),
+        checked("interface", interface, bundle, interfaces(config)),
         checked("weights", weights, subject),
         checked("logits", logits, subject),
         checked("greedy tokens", greedy_tokens, subject),
@@ -127,51 +124,26 @@ def verify_translator(
     return Report((*checks, judged(measured)), {"bleu": measured})
 
 
-def interface(subject: Subject) -> tuple[bool, str]:
-    """Names, types and open axes. (That the graphs are what the manifest says, the sessions have checked.)"""
-    wrong, found = [], []
-    for name, declared in interfaces(subject.config).items():
-        spec = subject.bundle.graph(name)
-        for ours, side in zip((spec.inputs, spec.outputs), declared, strict=True):
-            theirs = tuple(map(tensor_spec, side))
-            wrong += [f"{name}: {a} instead of {b}" for a, b in zip(ours, theirs, strict=True) if a != b]
-        found.append(f"{name}: {len(spec.inputs)} inputs, {len(spec.outputs)} outputs")
-    return not wrong, "; ".join(wrong) or f"{', '.join(found)}, axes open"
-
-
 def weights(subject: Subject) -> tuple[bool, str]:
     """Packed once more, the checkpoint's weights are the file's, byte for byte."""
-    manifest, samples = subject.bundle.manifest, None if subject.is_exact else subject.samples
-    parts = translator_pieces(subject.config, subject.model, samples)
-    with tempfile.TemporaryDirectory() as folder:
-        write_pieces(Path(folder) / WEIGHTS_FILE, parts)
-        again = file_spec(Path(folder) / WEIGHTS_FILE)
-    same = again == manifest.files[WEIGHTS_FILE]
-    return same, f"packed again: {'the same' if same else 'other'} {again.bytes} bytes"
+    parts = translator_pieces(subject.config, subject.model, None if subject.is_exact else subject.samples)
+    return packed_again(subject.bundle, WEIGHTS_FILE, parts)
 
 
 def logits(subject: Subject) -> tuple[bool, str]:
     """Every step of every translation: to MAX_DIFFERENCE in float32, by correlation in int8."""
     ours = np.concatenate([one.logits for one in subject.written])
     theirs = np.concatenate(subject.reference)
-    difference = float(np.abs(ours - theirs).max())
-    similarity = correlation(ours, theirs)
-    found = f"largest difference {difference:.2e}, correlation {similarity:.5f} at {len(ours)} steps"
-    return (difference <= MAX_DIFFERENCE if subject.is_exact else similarity >= MIN_CORRELATION), found
-
-
-def correlation(ours: Logits, theirs: Logits) -> float:
-    """Of logits (T, V), without what each token of the vocabulary has at every step."""
-    return float(np.corrcoef((ours - ours.mean(0)).ravel(), (theirs - theirs.mean(0)).ravel())[0, 1])
+    gap, similarity = difference(ours, theirs), correlation(ours, theirs)
+    found = f"largest difference {gap:.2e}, correlation {similarity:.5f} at {len(ours)} steps"
+    return (gap <= MAX_DIFFERENCE if subject.is_exact else similarity >= MIN_CORRELATION), found
 
 
 def greedy_tokens(subject: Subject) -> tuple[bool, str]:
     """Each token that the engine writes, is it what the reference would write after the same text?"""
     pairs = zip(subject.written, subject.reference, strict=True)
     hits = [theirs.argmax(-1) == ours.ids for ours, theirs in pairs]
-    share, whole = float(np.concatenate(hits).mean()), sum(bool(one.all()) for one in hits)
-    found = f"{share:.2%} of {sum(map(len, hits))} tokens, {whole} of {len(hits)} translations whole"
-    return share >= (1.0 if subject.is_exact else MIN_AGREEMENT), found
+    return agreement(hits, 1.0 if subject.is_exact else MIN_AGREEMENT)
 
 
 def attention(subject: Subject) -> tuple[bool, str]:
@@ -181,7 +153,7 @@ def attention(subject: Subject) -> tuple[bool, str]:
     names = [tensor.name for tensor in spec.outputs]
     written = subject.written[:NUM_MAPS]
     told_logits: list[Logits] = []
-    difference = moved = from_one = 0.0
+    largest = moved = from_one = 0.0
     for source, one in zip(subject.sources, written, strict=False):
         feeds = {"ids": np.array([source]), "target_ids": np.array([[START_ID, *one.ids[:-1]]])}
         told = dict(zip(names, session.run(feeds), strict=True))
@@ -189,16 +161,16 @@ def attention(subject: Subject) -> tuple[bool, str]:
         theirs = subject.forced(source, one.ids)[1]
         for name, ours in told.items():
             gap = np.abs(ours - theirs[name])
-            difference, moved = max(difference, float(gap.max())), max(moved, float(gap.sum(-1).mean()) / 2)
+            largest, moved = max(largest, float(gap.max())), max(moved, float(gap.sum(-1).mean()) / 2)
             from_one = max(from_one, float(np.abs(ours.sum(-1) - 1).max()))
     told_all, served = np.concatenate(told_logits), np.concatenate([one.logits for one in written])
-    from_decoded, similarity = float(np.abs(told_all - served).max()), correlation(told_all, served)
+    from_decoded, similarity = difference(told_all, served), correlation(told_all, served)
     if subject.is_exact:
-        is_near = max(difference, from_decoded) <= MAX_DIFFERENCE
+        is_near = max(largest, from_decoded) <= MAX_DIFFERENCE
     else:
         is_near = moved <= MAX_MOVED and similarity >= MIN_CORRELATION
     return is_near and from_one <= MAX_FROM_ONE, (
-        f"largest difference {difference:.2e}, {moved:.2%} of a row elsewhere, rows sum to 1 to {from_one:.0e}; "
+        f"largest difference {largest:.2e}, {moved:.2%} of a row elsewhere, rows sum to 1 to {from_one:.0e}; "
         f"logits differ from the served ones by {from_decoded:.0e}, correlation {similarity:.5f}"
     )
 
@@ -228,8 +200,8 @@ def batched_alone(subject: Subject) -> tuple[bool, str]:
     }
     wrong = []
     for name, (engine, chosen) in tried.items():
-        difference = np.abs(decoded(engine, sources[chosen], tokens[:, chosen]) - alone[chosen]).max()
-        wrong += [f"{name}: largest difference {difference:.2e}"] if difference else []
+        gap = difference(decoded(engine, sources[chosen], tokens[:, chosen]), alone[chosen])
+        wrong += [f"{name}: largest difference {gap:.2e}"] if gap else []
     found = f"bit-equal for {NUM_SLOTS} rows, {NUM_STEPS} steps, {len(tried)} kinds of batch"
     return not wrong, "; ".join(wrong) or found
 
@@ -246,8 +218,8 @@ def encoded_alone(subject: Subject) -> tuple[bool, str]:
         for session in (one, two):
             together = session.run({"ids": ids})
             pairs = [(memory, parts) for memory, *parts in zip(together, *alone, strict=True)]
-            difference = max(np.abs(memory - np.concatenate(parts)).max() for memory, parts in pairs)
-            wrong += [f"{length} tokens, {session.threads} threads: {difference:.2e}"] if difference else []
+            gap = max(difference(memory, np.concatenate(parts)) for memory, parts in pairs)
+            wrong += [f"{length} tokens, {session.threads} threads: {gap:.2e}"] if gap else []
     return not wrong, "; ".join(wrong) or f"bit-equal for sources of {lengths} tokens"
 
 
