@@ -66,7 +66,7 @@ bench-translate: $(DEV)  ## measure `translation` beside its peers; the last lin
 bench-attention: $(DEV)  ## measure what attention maps cost beside plain requests
 	$(BIN)/python -m tests.bench.attention $(ARGS)
 
-compose-test: $(DEV)  ## build the images, bring them up, classify, scrape, tear down
+compose-test: $(DEV)  ## build the images, bring them up, ask every model, scrape, tear down
 	COMPOSE="$(COMPOSE)" $(BIN)/python deploy/compose_test.py
 
 clean:  ## remove caches and build leftovers; keeps $(VENV) and runs/

@@ -1,4 +1,4 @@
-"""Builds the images, brings the compose file up, sends a classification through, sees it in Prometheus, tears down.
+"""Builds the images, brings the compose file up, asks every model, sees that in Prometheus, tears down.
 
     COMPOSE="docker compose" python deploy/compose_test.py
 
@@ -25,6 +25,11 @@ SCRAPE_TIMEOUT_S = 60
 
 TEXTS = ["a gripping, funny film", "two hours of my life gone"]
 LABELS = ["positive", "negative"]
+GENERATIONS = (  # what is asked, and a word that the answer has
+    ({"model": "translation", "prompt": "A dog is running."}, "Hund"),
+    ({"model": "chat", "messages": [{"role": "user", "content": "What is the capital of France?"}]}, "Paris"),
+)
+NUM_REQUESTS = 1 + len(GENERATIONS)
 REQUESTS = 'sum(attnd_request_seconds_count{{outcome="ok",job="{job}"}})'
 
 # What each image must not have, and that it can neither write nor is anybody.
@@ -69,12 +74,12 @@ def query(prometheus: str, expression: str) -> list[float]:
     return [float(sample["value"][1]) for sample in reply["data"]["result"]]
 
 
-def wait_for_one(what: str, prometheus: str, expression: str) -> None:
-    """Wait until `expression` is 1. Raises TimeoutError that says what did not come true, and what is there instead."""
+def wait_for(what: str, prometheus: str, expression: str, value: int) -> None:
+    """Wait until `expression` is that. Raises TimeoutError that says what did not come true, and what is instead."""
     last = time.monotonic() + SCRAPE_TIMEOUT_S
-    while (values := query(prometheus, expression)) != [1.0]:
+    while (values := query(prometheus, expression)) != [value]:
         if time.monotonic() > last:
-            raise TimeoutError(f"after {SCRAPE_TIMEOUT_S} s still not: {what}; {expression} is {values}, not [1]")
+            raise TimeoutError(f"after {SCRAPE_TIMEOUT_S} s still not: {what}; {expression} is {values}, not [{value}]")
         time.sleep(0.5)
     print(f"ok: {what}", flush=True)
 
@@ -86,11 +91,19 @@ def check_classification(gateway: str) -> None:
     print(f"ok: classified through gateway and worker as {best}", flush=True)
 
 
+def check_generations(gateway: str) -> None:
+    for asked, word in GENERATIONS:
+        reply = fetch(f"{gateway}/v1/generate", {**asked, "max_tokens": 16})
+        text = reply["outputs"][0]["text"]
+        assert word in text, reply
+        print(f"ok: {asked['model']} wrote {text!r}", flush=True)
+
+
 def check_metrics(prometheus: str) -> None:
-    """Both are scraped, and the one request is counted where it came in and where it was run."""
+    """Both are scraped, and each request is counted where it came in and where it was run."""
     for job in ABSENT:
-        wait_for_one(f"Prometheus scrapes the {job}", prometheus, f'up{{job="{job}"}}')
-        wait_for_one(f"the {job} has counted one request", prometheus, REQUESTS.format(job=job))
+        wait_for(f"Prometheus scrapes the {job}", prometheus, f'up{{job="{job}"}}', 1)
+        wait_for(f"the {job} has counted every request", prometheus, REQUESTS.format(job=job), NUM_REQUESTS)
 
 
 def check_containers() -> None:
@@ -112,7 +125,9 @@ def main() -> None:
     try:
         compose("build", "gateway", "worker")
         compose("up", "--detach", "--no-build", "--wait", "--wait-timeout", str(UP_TIMEOUT_S))
-        check_classification(address("gateway", 8000))
+        gateway = address("gateway", 8000)
+        check_classification(gateway)
+        check_generations(gateway)
         check_metrics(address("prometheus", 9090))
         check_containers()
         check_drain()

@@ -9,6 +9,7 @@ import pytest
 from bench.ceiling import Shape, batches_of, shapes
 from bench.classify import options
 from bench.contenders import Tuning, attnd, candidates
+from bench.faults import counted, fault_lines, outcry
 from bench.figures import (
     Latency,
     Ratio,
@@ -95,8 +96,8 @@ def test_target_without_measurement_is_neither_met_nor_missed() -> None:
 # --- report
 
 
-def sample(rate: float, *, p50: float = 0.01, p99: float = 0.02, mean: float = 0.01, errors: int = 0) -> Sample:
-    return Sample(rate, Latency(mean, p50, p50, p99, p99), requests=int(rate), errors=errors, client_cpu=0.05)
+def sample(rate: float, *, p50: float = 0.01, p99: float = 0.02, mean: float = 0.01, **faults: int) -> Sample:
+    return Sample(rate, Latency(mean, p50, p50, p99, p99), requests=int(rate), faults=faults, client_cpu=0.05)
 
 
 def measured() -> Rounds:
@@ -143,7 +144,7 @@ def test_peer_that_answered_nothing_is_not_beaten() -> None:
 
 def test_report_shows_every_point_and_verdict() -> None:
     rounds = measured()
-    rounds.add("attnd rest c8", sample(500.0, errors=3))
+    rounds.add("attnd rest c8", sample(500.0, gone=3))
     shown = table(rounds)
     assert all(point in shown for point in rounds.samples)
     assert "900 (900-900)" in " ".join(shown.split())
@@ -154,14 +155,34 @@ def test_report_shows_every_point_and_verdict() -> None:
 
 def test_results_are_json_with_every_round() -> None:
     rounds = measured()
-    rounds.add("attnd rest c8", sample(500.0, errors=3))
+    rounds.add("attnd rest c8", sample(500.0, gone=3))
     last_line = json.loads(json.dumps(summary(rounds, {"bench": "classify"})))
     assert last_line["bench"] == "classify"
-    assert last_line["errors"] == 3
+    assert (last_line["errors"], last_line["faults"]) == (3, {"attnd rest c8": {"gone": 3}})
     assert last_line["points"]["attnd rest c32"]["rate"] == 900.0
     everything = json.loads(json.dumps(full(rounds, {})))
     assert everything["rounds"]["ceiling"] == [1000.0, 1000.0]
-    assert sample_from(everything["rounds"]["samples"]["attnd rest c8"][0]) == sample(500.0, errors=3)
+    assert sample_from(everything["rounds"]["samples"]["attnd rest c8"][0]) == sample(500.0, gone=3)
+
+
+# --- why requests failed
+
+
+def test_faults_are_counted_by_kind_and_told_as_they_first_came() -> None:
+    found = counted(["no reply in 20 s", "status 429: 3 wait", "status 503: loading", "status 429: 4 wait"])
+    assert list(found.items()) == [("status 429: 3 wait", 2), ("no reply in 20 s", 1), ("status 503: loading", 1)]
+
+
+def test_faults_of_all_rounds_are_told_together() -> None:
+    rounds = Rounds()
+    for faults in ({"status 429: 3 wait": 2}, {}, {"gone": 1, "status 429: 7 wait": 5}):
+        rounds.add("attnd rest c8", sample(500.0, **faults))
+        rounds.add("attnd rest c1", sample(500.0))
+    assert rounds.faults == {"attnd rest c8": {"status 429: 3 wait": 7, "gone": 1}}
+    assert rounds.errors == 8
+    assert fault_lines(rounds.faults) == ["attnd rest c8: 7 x status 429: 3 wait", "attnd rest c8: 1 x gone"]
+    assert outcry(sample(1.0)) == ""
+    assert outcry(sample(1.0, gone=2)) == "  2 ERRORS: gone"
 
 
 # --- who is measured under what

@@ -13,7 +13,7 @@ from bench.figures import Latency
 from bench.generate import Fleet, Measuring, contenders_of, options
 from bench.generation_contenders import SAMPLED, Contender, Room, attnd, llama_server
 from bench.generation_loads import GenerationLoad, loads_of, stream_load
-from bench.generation_report import GenerationRounds, fault_lines, full, summary, table, verdicts
+from bench.generation_report import GenerationRounds, full, notes, summary, table, verdicts
 from bench.report import verdict_lines
 from bench.servers import Server, free_port
 from bench.streams import StreamSample, stream_sample_from
@@ -123,8 +123,7 @@ def sample(
         prefill_per_s=rate,
         prompt_tokens=80.0,
         streams=9,
-        errors=errors,
-        faults=("63 tokens instead of 64",) if errors else (),
+        faults={"wrong number of tokens: 63 instead of 64": errors} if errors else {},
         client_cpu=0.01,
     )
 
@@ -178,10 +177,11 @@ def test_report_shows_every_point_and_who_failed() -> None:
     shown = table(rounds)
     assert all(point in shown for point in (*rounds.samples, *rounds.bare))
     assert "300.0 (200-400)" in " ".join(shown.split())
-    assert fault_lines(rounds).splitlines() == [
+    assert notes(rounds).splitlines() == [
         "genai failed and was left out: out of cheese",
-        "attnd greedy c8: 63 tokens instead of 64",
+        "attnd greedy c8: 2 x wrong number of tokens: 63 instead of 64",
     ]
+    assert summary(rounds, {})["faults"] == {"attnd greedy c8": {"wrong number of tokens: 63 instead of 64": 2}}
     assert [line for line in verdict_lines(verdicts(rounds)).splitlines() if line.endswith("NOT MET")]
 
 

@@ -22,7 +22,7 @@ SENTENCES = ("good", "bad " * 40, "fine")
 
 
 class HttpServer:
-    """Answers every POST with the length of its body, or with a status for a body that asks for one."""
+    """Answers every POST with the length of its body, or as a body asks for that says "fail", "leave" or "wait"."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -32,6 +32,10 @@ class HttpServer:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 body = await reader.readexactly(reply_length(head))
                 self.bodies.append(body)
+                if body == b"leave":
+                    return
+                if body == b"wait":
+                    continue
                 status = b"500 Oh" if body == b"fail" else b"200 OK"
                 reply = json.dumps({"label": "POSITIVE", "length": len(body)}).encode()
                 writer.write(b"HTTP/1.1 %s\r\ncontent-length: %d\r\n\r\n" % (status, len(reply)))
@@ -116,19 +120,42 @@ def test_of_a_request_that_reaches_beyond_the_window_only_the_share_within_count
     tally = Tally(opens=10.0, closes=13.0)
     tally.in_flight = 7
     for began, ended in ((8.0, 9.0), (9.0, 11.0), (11.0, 12.0), (12.0, 16.0), (9.0, 15.0), (14.0, 15.0)):
-        tally.land(began, ended, True)
-    tally.land(11.0, 12.0, False)
+        tally.land(began, ended, "")
+    tally.land(11.0, 12.0, "gone")
     assert tally.num_within() == 0 + 0.5 + 1 + 0.25 + 0.5 + 0
     assert tally.latencies(by_end=True) == [2.0, 1.0]
     assert tally.latencies(by_end=False) == [1.0, 4.0]
-    assert (tally.errors, tally.in_flight) == (1, 0)
+    assert (tally.faults, tally.in_flight) == (["gone"], 0)
 
 
-async def test_http_failures_are_counted_and_not_timed() -> None:
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("fail", 'status 500: {"label": "POSITIVE", "length": 4}'),
+        ("leave", "the connection was lost: closed by the server"),
+    ],
+)
+async def test_http_failures_are_counted_by_why_and_not_timed(body: str, fault: str) -> None:
     async with http_server() as (_, port):
-        found = await measure(load("http", port, bodies=("fail",)))
-    assert found.errors > 0
+        found = await measure(load("http", port, bodies=(body,)))
+    assert list(found.faults) == [fault]
+    assert found.errors >= 4  # one on each connection, and more after a pause
     assert found.requests == 0
+
+
+async def test_what_is_never_answered_is_a_failure_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.generator._PATIENCE_S", 0.05)
+    async with http_server() as (_, port):
+        found = await measure(load("http", port, bodies=("wait",)))
+    assert found.faults == {"no reply in 0.05 s": 4}
+
+
+async def test_a_closed_loop_whose_timer_ends_early_loses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = asyncio.sleep
+    monkeypatch.setattr("bench.generator.asyncio.sleep", lambda seconds: sleep(seconds / 2))
+    async with http_server() as (_, port):
+        found = await measure(load("http", port, concurrency=1, connections=1))
+    assert found.faults == {}
 
 
 async def test_poisson_arrivals_over_http_keep_their_rate() -> None:
@@ -185,21 +212,23 @@ async def test_stream_goes_on_past_the_flow_control_window() -> None:
 
 async def test_grpc_status_errors_are_counted() -> None:
     async def refuse(_: bytes) -> bytes:
-        raise ValueError("no")
+        raise ValueError("no cheese")
 
     async with grpc_server(refuse) as port:
-        found = await measure(load("grpc", port))
-    assert found.errors > 0
+        found = await measure(load("grpc", port, concurrency=1))
+    (fault,) = found.faults
+    assert fault.startswith("no message: ")
+    assert "no cheese" in fault
     assert found.requests == 0
 
 
 async def test_stream_error_replies_are_counted() -> None:
     async def error_reply(_: bytes) -> bytes:
-        return b"\x12\x00"
+        return b"\x12\x02no"
 
     async with grpc_server(error_reply) as port:
         found = await measure(load("stream", port))
-    assert found.errors > 0
+    assert list(found.faults) == ["an error as the reply: no"]
     assert found.requests == 0
 
 
@@ -227,6 +256,15 @@ async def test_wrk_sends_every_body_and_reports(tmp_path: Path) -> None:
     assert all(after == (before + 1) % 3 for before, after in itertools.pairwise(seen))
     assert seen
     assert found.latency.p50 <= found.latency.p99 <= found.latency.worst
+
+
+@pytest.mark.skipif(not has_wrk(), reason="wrk is not installed")
+async def test_wrk_counts_failures_by_why(tmp_path: Path) -> None:
+    (tmp_path / "bodies").write_text("fail\n")
+    async with http_server() as (_, port):
+        url = f"http://127.0.0.1:{port}/classify"
+        found = await asyncio.to_thread(run_wrk, url, tmp_path / "bodies", concurrency=1, seconds=1)
+    assert (list(found.faults), found.requests) == (["status over 399"], 0)
 
 
 def test_frames_and_messages_are_laid_out_as_the_protocols_say() -> None:

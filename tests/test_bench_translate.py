@@ -132,8 +132,8 @@ async def test_a_peer_batches_what_has_come_and_a_batch_that_fails_fails_alone(m
 # --- the report
 
 
-def sample(rate: float, errors: int = 0) -> Sample:
-    return Sample(rate, Latency(0.01, 0.02, 0.03, 0.04, 0.05), 100, errors, 0.1)
+def sample(rate: float, **faults: int) -> Sample:
+    return Sample(rate, Latency(0.01, 0.02, 0.03, 0.04, 0.05), 100, faults, 0.1)
 
 
 def measured() -> TranslationRounds:
@@ -165,14 +165,19 @@ def test_report_shows_every_point_who_agrees_and_who_failed() -> None:
     rounds = measured()
     rounds.agreement["bare greedy"] = 0.975
     rounds.failures["transformers"] = "out of cheese"
+    rounds.add("ctranslate2 beam c1", 0, sample(5, gone=3))
     shown = table(rounds)
     assert all(point in shown for point in rounds.samples)
     assert "attnd greedy c16 450.0 (300.0-600.0) 6750 20.0 40.0 0" in " ".join(shown.split())
     assert "97.5%" in notes(rounds)
-    assert "transformers failed and was left out: out of cheese" in notes(rounds)
+    assert notes(rounds).splitlines()[-2:] == [
+        "transformers failed and was left out: out of cheese",
+        "ctranslate2 beam c1: 3 x gone",
+    ]
     assert "NOT MET" in verdict_lines(verdicts(rounds))
     last_line = json.loads(json.dumps(summary(rounds, {"bench": "translate"}), allow_nan=False))
     assert last_line["points"]["attnd greedy c1"]["sentences_per_s"] == 67.5
+    assert (last_line["errors"], last_line["faults"]) == (3, {"ctranslate2 beam c1": {"gone": 3}})
     assert json.loads(json.dumps(full(rounds, {})))["rounds"]["attnd greedy c1"]["1"]["rate"] == 90
 
 

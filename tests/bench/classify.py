@@ -19,10 +19,11 @@ from typing import Any
 from .ceiling import Plan, Shape, plan_json, shapes
 from .contenders import PEER_NAMES, attnd, candidates, peer_server
 from .environments import python_of, version_of
+from .faults import fault_lines, outcry
 from .generate import names_of, numbers
 from .loads import has_wrk, module_command
 from .machine import machine, say
-from .measurement import Bench, Point, bodies_file, measure, points_of, wrong_replies
+from .measurement import Bench, bodies_file, measure, points_of, wrong_replies
 from .report import Rounds, full, summary, table, verdict_lines, verdicts
 from .sentences import own_sentences, read_sentences
 from .servers import Running, Server, awake, running, scratch_folder
@@ -77,12 +78,8 @@ def measure_contender(bench: Bench, process: Running, bodies: Path, rounds: Roun
             sample = measure(bench, point, process.server, bodies, capacity.get(point.wire, 0.0), turn)
             capacity[point.wire] = max(capacity.get(point.wire, 0.0), sample.rate)
             rounds.add(point.name, sample)
-            say(f"  {_progress(point, sample.rate, sample.errors)}")
+            say(f"  {point.name:24} {sample.rate:7.0f}/s{outcry(sample)}")
         rounds.wrong_replies += wrong_replies(bench, process, 2 * turn + 1)
-
-
-def _progress(point: Point, rate: float, errors: int) -> str:
-    return f"{point.name:24} {rate:7.0f}/s" + (f"  {errors} ERRORS" if errors else "")
 
 
 def run_rounds(bench: Bench, servers: Sequence[Server], plan: Plan, num_rounds: int) -> Rounds:
@@ -160,7 +157,7 @@ def run(given: argparse.Namespace, scratch: Path) -> None:
     servers += [peer_server(name, given.bundle, given.cache, best_of(tuning[name]).tuning) for name in names]
     rounds = run_rounds(bench, servers, plan, given.rounds)
     facts = facts_of(given, plan, tuning)
-    print(table(rounds), verdict_lines(verdicts(rounds)), sep="\n\n")
+    print(table(rounds), verdict_lines(verdicts(rounds)), "\n".join(fault_lines(rounds.faults)), sep="\n\n")
     if given.out:
         given.out.write_text(json.dumps(full(rounds, facts), indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary(rounds, {key: value for key, value in facts.items() if key != "peers"})))

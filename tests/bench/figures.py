@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from .faults import Faults
+
 
 def percentile(ordered: Sequence[float], share: float) -> float:
     """The nearest-rank percentile of values in rising order; `share` is in (0, 1]. Raises ValueError when empty."""
@@ -44,14 +46,19 @@ def latency_of(seconds: Sequence[float]) -> Latency:
 class Sample:
     """One measurement: answered requests a second, their latencies, and what the load generator itself used.
 
-    `client_cpu` is the generator's CPU seconds for each second of wall clock (1.0 = one whole core).
+    `faults`: how many requests failed, by why. `client_cpu` is the generator's CPU seconds for each second of wall
+    clock (1.0 = one whole core).
     """
 
     rate: float
     latency: Latency
     requests: int
-    errors: int
+    faults: Faults
     client_cpu: float
+
+    @property
+    def errors(self) -> int:
+        return sum(self.faults.values())
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

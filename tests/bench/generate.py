@@ -21,6 +21,7 @@ from service.errors import AttndError
 from service.worker.load import load_bundles
 
 from .environments import version_of
+from .faults import outcry
 from .generation_ceiling import BarePlan
 from .generation_contenders import (
     NAMES,
@@ -33,7 +34,7 @@ from .generation_contenders import (
     transformers,
 )
 from .generation_loads import KINDS, NEW_TOKENS, GenerationLoad, loads_of, stream_load
-from .generation_report import GenerationRounds, fault_lines, full, summary, table, verdicts
+from .generation_report import GenerationRounds, full, notes, summary, table, verdicts
 from .loads import LoadFailed, run_module, run_streams
 from .machine import machine, say
 from .report import verdict_lines
@@ -184,8 +185,8 @@ class Measuring:
 
 
 def _progress(point: str, sample: StreamSample) -> str:
-    wrong = f"  {sample.errors} ERRORS: {sample.faults[0]}" if sample.errors else ""
-    return f"{point:24} {sample.tokens_per_s:7.1f} tok/s, first token {sample.first.p50 * 1000:.0f} ms{wrong}"
+    first = sample.first.p50 * 1000
+    return f"{point:24} {sample.tokens_per_s:7.1f} tok/s, first token {first:.0f} ms{outcry(sample)}"
 
 
 def _data_of_environment() -> Path | None:
@@ -218,7 +219,7 @@ def run(given: argparse.Namespace, scratch: Path) -> None:
             measuring.measure_round(turn, loads)
     rounds = measuring.rounds
     facts = facts_of(given, contenders, missing)
-    print(table(rounds), verdict_lines(verdicts(rounds)), fault_lines(rounds), sep="\n\n")
+    print(table(rounds), verdict_lines(verdicts(rounds)), notes(rounds), sep="\n\n")
     if given.out:
         given.out.write_text(json.dumps(full(rounds, facts), indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary(rounds, facts)))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .faults import by_point, fault_lines
 from .figures import Ratio, Target, Verdict, ratio_of
 from .streams import StreamSample
 
@@ -50,6 +51,11 @@ class GenerationRounds:
     @property
     def errors(self) -> int:
         return sum(sample.errors for by_turn in self.samples.values() for sample in by_turn.values())
+
+    @property
+    def faults(self) -> dict[str, dict[str, int]]:
+        """Why streams were not as asked for, by point."""
+        return by_point({point: by_turn.values() for point, by_turn in self.samples.items()})
 
 
 def verdicts(rounds: GenerationRounds) -> list[Verdict]:
@@ -116,13 +122,10 @@ def _median(samples: Sequence[StreamSample], figure: str) -> float:
     return statistics.median(FIGURES[figure](sample) for sample in samples)
 
 
-def fault_lines(rounds: GenerationRounds) -> str:
+def notes(rounds: GenerationRounds) -> str:
     """Who failed, and what streams that were not as asked had wrong."""
-    lines = [f"{name} failed and was left out: {why}" for name, why in rounds.failures.items()]
-    for point, by_turn in rounds.samples.items():
-        faults = sorted({fault for sample in by_turn.values() for fault in sample.faults})
-        lines += [f"{point}: {fault}" for fault in faults]
-    return "\n".join(lines)
+    failed = [f"{name} failed and was left out: {why}" for name, why in rounds.failures.items()]
+    return "\n".join([*failed, *fault_lines(rounds.faults)])
 
 
 def summary(rounds: GenerationRounds, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +140,7 @@ def summary(rounds: GenerationRounds, facts: Mapping[str, Any]) -> dict[str, Any
         "points": points,
         "verdicts": [verdict.as_dict() for verdict in verdicts(rounds)],
         "errors": rounds.errors,
+        "faults": rounds.faults,
         "failures": rounds.failures,
     }
 

@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 
 import uvloop
 
+from .faults import counted
 from .figures import Sample, arrivals, latency_of
 from .http1 import Http1Connection, OnReply, request_bytes
 from .http2 import StreamCall, UnaryCalls, grpc_message
@@ -88,24 +89,24 @@ def messages_of(load: Load) -> list[bytes]:
 
 
 class Tally:
-    """Keeps what came back: when each request that was answered began, or was due, and when it ended."""
+    """Keeps what came back: when each request that was answered began, or was due, and ended; why others were not."""
 
     def __init__(self, opens: float, closes: float) -> None:
         self.opens = opens
         self.closes = closes
         self.spans: list[tuple[float, float]] = []
-        self.errors = 0
+        self.faults: list[str] = []
         self.in_flight = 0
         self.is_idle = asyncio.Event()
 
-    def land(self, began: float, ended: float, succeeded: bool) -> None:
+    def land(self, began: float, ended: float, fault: str) -> None:
         self.in_flight -= 1
         if self.in_flight == 0:
             self.is_idle.set()
-        if succeeded:
-            self.spans.append((began, ended))
+        if fault:
+            self.faults.append(fault)
         else:
-            self.errors += 1
+            self.spans.append((began, ended))
 
     def latencies(self, *, by_end: bool) -> list[float]:
         """Of the requests that ended, or began, while the window was open."""
@@ -136,14 +137,15 @@ async def run_closed(load: Load, channels: Sequence[Channel], messages: Sequence
         if started >= tally.closes:
             return
         tally.in_flight += 1
-        channel.send(next(stream), lambda succeeded: landed(channel, started, succeeded))
+        channel.send(next(stream), lambda fault: landed(channel, started, fault))
 
-    def landed(channel: Channel, started: float, succeeded: bool) -> None:
-        tally.land(started, now(), succeeded)
-        if succeeded:
-            launch(channel)
-        else:
+    def landed(channel: Channel, started: float, fault: str) -> None:
+        ended = now()
+        if fault:
             loop.call_later(_PAUSE_AFTER_FAILURE_S, launch, channel)
+        else:
+            launch(channel)  # before this one lands: none in flight means that none will follow
+        tally.land(started, ended, fault)
 
     slots = [channel for channel in channels for _ in range(channel.capacity)][: load.concurrency]
     for channel in slots:
@@ -166,10 +168,10 @@ async def run_open(load: Load, channels: Sequence[Channel], messages: Sequence[b
     def dispatch() -> None:
         while due and idle:
             channel, scheduled = idle.popleft(), due.popleft()
-            channel.send(next(stream), lambda ok, channel=channel, at=scheduled: landed(channel, at, ok))  # type: ignore[misc]
+            channel.send(next(stream), lambda fault, channel=channel, at=scheduled: landed(channel, at, fault))  # type: ignore[misc]
 
-    def landed(channel: Channel, scheduled: float, succeeded: bool) -> None:
-        tally.land(scheduled, now(), succeeded)
+    def landed(channel: Channel, scheduled: float, fault: str) -> None:
+        tally.land(scheduled, now(), fault)
         idle.append(channel)
         if due:
             loop.call_soon(dispatch)
@@ -191,8 +193,7 @@ async def _finish(tally: Tally) -> None:
     if tally.in_flight > 0:
         with suppress(TimeoutError):
             await asyncio.wait_for(tally.is_idle.wait(), _PATIENCE_S)
-    # What never came back counts as failed.
-    tally.errors += tally.in_flight
+    tally.faults += [f"no reply in {_PATIENCE_S:g} s"] * tally.in_flight
 
 
 async def measure(load: Load) -> Sample:
@@ -210,7 +211,7 @@ async def measure(load: Load) -> Sample:
         rate=(tally.num_within() if is_closed else len(latencies)) / load.seconds,
         latency=latency_of(latencies),
         requests=len(latencies),
-        errors=tally.errors,
+        faults=counted(tally.faults),
         client_cpu=used,
     )
 

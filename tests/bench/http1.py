@@ -7,7 +7,9 @@ Content-Length. Knows nothing of schedules or latencies.
 import asyncio
 from collections.abc import Callable
 
-OnReply = Callable[[bool], None]
+from .faults import lost_fault, status_fault
+
+OnReply = Callable[[str], None]  # gets what is wrong with the reply; empty when nothing is
 
 _HEAD_END = b"\r\n\r\n"
 _LENGTH = b"content-length:"
@@ -30,6 +32,14 @@ def reply_length(head: bytes) -> int:
     return int(lowered[at + len(_LENGTH) :].split(b"\r\n", 1)[0])
 
 
+def reply_status(head: bytes) -> int:
+    """Raises ValueError for what is no HTTP/1.1."""
+    version, _, rest = head.partition(b" ")
+    if version != b"HTTP/1.1":
+        raise ValueError(f"it begins with {head[:20]!r}")
+    return int(rest[:3])
+
+
 class Http1Connection:
     """A keep-alive connection with one request in flight at a time. An asyncio protocol."""
 
@@ -41,10 +51,10 @@ class Http1Connection:
         self._on_reply: OnReply | None = None
 
     def send(self, message: bytes, on_reply: OnReply) -> None:
-        """Write one prepared request; `on_reply(succeeded)` is called once, also when the connection is lost."""
+        """Write one prepared request; `on_reply(fault)` is called once, also when the connection is lost."""
         self._on_reply = on_reply
         if self._transport is None or self._transport.is_closing():
-            self._finish(False)
+            self._finish(lost_fault(None))
         else:
             self._transport.write(message)
 
@@ -60,16 +70,18 @@ class Http1Connection:
         end = self._received.find(_HEAD_END)
         if end < 0:
             return
-        head = bytes(self._received[:end])
-        if len(self._received) >= end + len(_HEAD_END) + reply_length(head):
+        head, begin = bytes(self._received[:end]), end + len(_HEAD_END)
+        if len(self._received) >= begin + reply_length(head):
+            status = reply_status(head)
+            fault = "" if status == 200 else status_fault(status, bytes(self._received[begin:]))
             self._received.clear()
-            self._finish(head.startswith(b"HTTP/1.1 200"))
+            self._finish(fault)
 
     def eof_received(self) -> None:
         return None
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._finish(False)
+        self._finish(lost_fault(error))
 
     def pause_writing(self) -> None:
         """Requests are small and one at a time: nothing to hold back."""
@@ -77,7 +89,7 @@ class Http1Connection:
     def resume_writing(self) -> None:
         """See pause_writing."""
 
-    def _finish(self, succeeded: bool) -> None:
+    def _finish(self, fault: str) -> None:
         on_reply, self._on_reply = self._on_reply, None
         if on_reply is not None:
-            on_reply(succeeded)
+            on_reply(fault)

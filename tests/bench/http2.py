@@ -6,10 +6,12 @@ block serves every call. Knows nothing of schedules, latencies or protobuf beyon
 """
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable
 
-OnReply = Callable[[bool], None]
+from .faults import LONGEST_TEXT, lost_fault
+from .http1 import OnReply
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0x0, 0x1, 0x3, 0x4, 0x6, 0x7, 0x8
 END_STREAM, ACK, END_HEADERS = 0x1, 0x1, 0x4
@@ -51,10 +53,21 @@ def header_block(authority: str, path: str) -> bytes:
     )
 
 
+def unanswered(kind: int, payload: bytes) -> str:
+    """Why a call ended without a message: what its last frame has for a reader, who knows no HPACK."""
+    if kind == RST_STREAM:
+        return f"the call was reset: error code {int.from_bytes(payload, 'big')}"
+    return f"no message: {_readable(payload)}"
+
+
+def _readable(data: bytes | bytearray) -> str:
+    return re.sub(rb"[^ -~]+", b" ", data)[:LONGEST_TEXT].decode().strip()
+
+
 class Http2Connection:
     """Frames, settings and flow control of one connection. An asyncio protocol; the calls are laid over it."""
 
-    def __init__(self, on_frame: Callable[[int, int, int, bytes], None], on_lost: Callable[[], None]) -> None:
+    def __init__(self, on_frame: Callable[[int, int, int, bytes], None], on_lost: Callable[[str], None]) -> None:
         self._on_frame = on_frame
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
@@ -105,7 +118,7 @@ class Http2Connection:
         return None
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._on_lost()
+        self._on_lost(lost_fault(error))
 
     def pause_writing(self) -> None:
         """The number of requests in flight bounds what is buffered."""
@@ -167,7 +180,7 @@ class UnaryCalls:
         self._answered: set[int] = set()
 
     def send(self, message: bytes, on_reply: OnReply) -> None:
-        """Start one call; `on_reply(succeeded)` is called once. `message` is a prepared `grpc_message`."""
+        """Start one call; `on_reply(fault)` is called once. `message` is a prepared `grpc_message`."""
         stream = self._next_stream
         self._next_stream += 2
         self._open[stream] = on_reply
@@ -181,21 +194,19 @@ class UnaryCalls:
         if kind == DATA and len(payload) > _MESSAGE_HEAD:
             self._answered.add(stream)
         if kind == RST_STREAM or flags & END_STREAM:
-            self._finish(stream)
+            # A unary call that fails carries no message, only trailers: so a message is success.
+            self._finish(stream, "" if stream in self._answered else unanswered(kind, payload))
 
-    def _finish(self, stream: int) -> None:
-        # A unary call that fails carries no message, only trailers: so a message is success.
-        succeeded = stream in self._answered
+    def _finish(self, stream: int, fault: str) -> None:
         self._answered.discard(stream)
         self.connection.forget(stream)
         on_reply = self._open.pop(stream, None)
         if on_reply is not None:
-            on_reply(succeeded)
+            on_reply(fault)
 
-    def _on_lost(self) -> None:
+    def _on_lost(self, fault: str) -> None:
         for stream in list(self._open):
-            self._answered.discard(stream)
-            self._finish(stream)
+            self._finish(stream, fault)
 
 
 class StreamCall:
@@ -206,15 +217,15 @@ class StreamCall:
         self.connection = Http2Connection(self._on_frame, self._on_lost)
         self._block = header_block(authority, path)
         self._is_open = False
-        self._is_over = False
+        self._fault = ""  # why it is over
         self._received = bytearray()
         self._waiting: deque[OnReply] = deque()
 
     def send(self, message: bytes, on_reply: OnReply) -> None:
-        """Send one message; `on_reply(succeeded)` is called once, with the reply that has its place in the order."""
+        """Send one message; `on_reply(fault)` is called once, with the reply that has its place in the order."""
         self._waiting.append(on_reply)
-        if self._is_over:
-            self._on_lost()
+        if self._fault:
+            self._on_lost(self._fault)
             return
         if not self._is_open:
             self._is_open = True
@@ -229,7 +240,7 @@ class StreamCall:
             self._received += payload
             self._take_messages()
         if kind == RST_STREAM or flags & END_STREAM:
-            self._on_lost()
+            self._on_lost(unanswered(kind, payload))
 
     def _take_messages(self) -> None:
         received, at = self._received, 0
@@ -237,11 +248,13 @@ class StreamCall:
             end = at + _MESSAGE_HEAD + int.from_bytes(received[at + 1 : at + _MESSAGE_HEAD], "big")
             if end > len(received):
                 break
-            self._waiting.popleft()(received.startswith(_RESPONSE_TAG, at + _MESSAGE_HEAD, end))
+            begin = at + _MESSAGE_HEAD
+            is_response = received.startswith(_RESPONSE_TAG, begin, end)
+            self._waiting.popleft()("" if is_response else f"an error as the reply: {_readable(received[begin:end])}")
             at = end
         del received[:at]
 
-    def _on_lost(self) -> None:
-        self._is_over = True
+    def _on_lost(self, fault: str) -> None:
+        self._fault = self._fault or fault
         while self._waiting:
-            self._waiting.popleft()(False)
+            self._waiting.popleft()(self._fault)

@@ -71,14 +71,15 @@ def run_wrk(url: str, bodies: Path, *, concurrency: int, seconds: float, start: 
     return _wrk_sample(json.loads(found[0]), used.ru_utime + used.ru_stime)
 
 
-def _wrk_sample(found: dict[str, float], cpu_seconds: float) -> Sample:
+def _wrk_sample(found: dict[str, Any], cpu_seconds: float) -> Sample:
     elapsed = found["microseconds"] / 1e6
-    answered = int(found["requests"] - found["errors"])
+    faults = {fault: num for fault, num in found["faults"].items() if num}
+    answered = found["requests"] - sum(faults.values())
     latency = Latency(**{name: found[name] / 1e6 for name in ("mean", "p50", "p90", "p99", "worst")})
     return Sample(
         rate=answered / elapsed,
         latency=latency,
         requests=answered,
-        errors=int(found["errors"]),
+        faults=faults,
         client_cpu=cpu_seconds / elapsed,
     )

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .faults import by_point
 from .figures import Ratio, Sample, Target, Verdict, ratio_of
 
 TARGETS = (
@@ -39,6 +40,11 @@ class Rounds:
     @property
     def errors(self) -> int:
         return sum(sample.errors for samples in self.samples.values() for sample in samples)
+
+    @property
+    def faults(self) -> dict[str, dict[str, int]]:
+        """Why requests failed, by point."""
+        return by_point(self.samples)
 
 
 def verdicts(rounds: Rounds) -> list[Verdict]:
@@ -117,6 +123,7 @@ def summary(rounds: Rounds, facts: Mapping[str, Any]) -> dict[str, Any]:
         "points": medians,
         "verdicts": [verdict.as_dict() for verdict in verdicts(rounds)],
         "errors": rounds.errors,
+        "faults": rounds.faults,
         "wrong_replies": rounds.wrong_replies,
     }
 

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .http1 import reply_length
+from .faults import lost_fault
+from .http1 import reply_length, reply_status
 
 _HEAD_END = b"\r\n\r\n"
 _DATA = b"data: "
@@ -112,7 +113,7 @@ class ReplyReader:
         return None
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.finish(f"the connection was lost: {error or 'closed by the server'}")
+        self.finish(lost_fault(error))
 
     def pause_writing(self) -> None:
         """Requests are small: nothing to hold back."""
@@ -145,10 +146,7 @@ class ReplyReader:
 
     def _open(self, head: bytes) -> Chunks | Sized:
         lowered = head.lower()
-        version, _, rest = head.partition(b" ")
-        if version != b"HTTP/1.1":
-            raise ValueError(f"it begins with {head[:20]!r}")
-        self.reply.status = int(rest[:3])
+        self.reply.status = reply_status(head)
         if b"text/event-stream" in lowered:
             self._events = Events()
         return Chunks() if b"transfer-encoding: chunked" in lowered else Sized(reply_length(head))

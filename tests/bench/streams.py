@@ -6,17 +6,15 @@ knows no server and no clock.
 
 import itertools
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import orjson
 
+from .faults import Faults, counted, status_fault
 from .figures import Latency, latency_of
 from .sse import Reply
-
-_SHOWN_FAULTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +77,11 @@ def _fault(reply: Reply, chunks: Sequence[Mapping[str, Any]], tokens: int, wante
     errors = [str(chunk["error"])[:200] for chunk in chunks if chunk.get("error")]
     checks = (
         (bool(reply.fault), reply.fault),
-        (reply.status != 200, f"status {reply.status}: {reply.body[:200].decode(errors='replace')}"),
+        (reply.status != 200, status_fault(reply.status, reply.body)),
         (bool(errors), f"an error in the stream: {', '.join(errors)}"),
         (bool(reply.events) and reply.events[-1][1] != b"[DONE]", "the stream ended without [DONE]"),
-        (tokens != wanted, f"{tokens} tokens instead of {wanted}"),
-        (reasons != ["length"], f"finish reasons {reasons} instead of one 'length'"),
+        (tokens != wanted, f"wrong number of tokens: {tokens} instead of {wanted}"),
+        (reasons != ["length"], f"wrong finish reasons: {reasons} instead of one 'length'"),
     )
     return next((message for is_wrong, message in checks if is_wrong), "")
 
@@ -98,7 +96,8 @@ class StreamSample:
 
     `first` (seconds to the first token) is of the streams that were sent while it was measured, `gap` (seconds between
     tokens) of all. `prefill_per_s` is prompt tokens over the time to the first token; it means something when a stream
-    is alone. `client_cpu` is the generator's CPU seconds for each second.
+    is alone. `faults`: how many were not as asked for, by why. `client_cpu` is the generator's CPU seconds for each
+    second.
     """
 
     tokens_per_s: float
@@ -107,9 +106,12 @@ class StreamSample:
     prefill_per_s: float
     prompt_tokens: float  # of a stream, on average
     streams: int
-    errors: int
-    faults: tuple[str, ...]
+    faults: Faults
     client_cpu: float
+
+    @property
+    def errors(self) -> int:
+        return sum(self.faults.values())
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,7 +120,7 @@ class StreamSample:
 def stream_sample_from(found: Mapping[str, Any]) -> StreamSample:
     """The inverse of `StreamSample.as_dict`, for samples that another process printed."""
     latencies = {name: Latency(**found[name]) for name in ("first", "gap")}
-    return StreamSample(**{**found, **latencies, "faults": tuple(found["faults"])})
+    return StreamSample(**{**found, **latencies})
 
 
 def sample_of(
@@ -127,7 +129,6 @@ def sample_of(
     """What `streams` amount to in the window [opens, closes); of `others` only the faults count."""
     good = [stream for stream in streams if not stream.fault]
     timed = [stream for stream in good if stream.sent >= opens]
-    faults = Counter(stream.fault for stream in (*streams, *others) if stream.fault)
     waited = sum(stream.first for stream in timed)
     return StreamSample(
         tokens_per_s=sum(stream.tokens_within(opens, closes) for stream in good) / (closes - opens),
@@ -136,7 +137,6 @@ def sample_of(
         prefill_per_s=sum(stream.prompt_tokens for stream in timed) / waited if waited else 0.0,
         prompt_tokens=statistics.fmean(stream.prompt_tokens for stream in good) if good else 0.0,
         streams=len(good),
-        errors=faults.total(),
-        faults=tuple(fault for fault, _ in faults.most_common(_SHOWN_FAULTS)),
+        faults=counted(stream.fault for stream in (*streams, *others) if stream.fault),
         client_cpu=client_cpu,
     )

@@ -20,6 +20,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from .environments import version_of
+from .faults import outcry
 from .figures import Latency, Sample
 from .generate import Fleet, names_of, numbers
 from .generator import Load
@@ -107,7 +108,7 @@ class Measuring:
         except _FAILURES as error:
             self.fail(name, error)
             return
-        self._add(f"{name} {search} offline", turn, Sample(found["rate"], Latency(0, 0, 0, 0, 0), 0, 0, 0.0))
+        self._add(f"{name} {search} offline", turn, Sample(found["rate"], Latency(0, 0, 0, 0, 0), 0, {}, 0.0))
         self._read(f"{name} {search}", found["texts"])
 
     def _measure(self, contender: Contender, search: Search, concurrency: int, turn: int) -> None:
@@ -132,8 +133,7 @@ class Measuring:
 
     def _add(self, point: str, turn: int, sample: Sample) -> None:
         self.rounds.add(point, turn, sample)
-        wrong = f"  {sample.errors} ERRORS" if sample.errors else ""
-        say(f"  {point:28} {sample.rate:8.1f} sentences/s{wrong}")
+        say(f"  {point:28} {sample.rate:8.1f} sentences/s{outcry(sample)}")
 
     def _read(self, name: str, texts: Sequence[str]) -> None:
         """Counts the tokens of a pass, and how much of it is as attnd has it."""

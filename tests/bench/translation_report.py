@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .faults import by_point, fault_lines
 from .figures import Ratio, Sample, Target, Verdict, ratio_of
 
 SEARCHES = ("greedy", "beam")
@@ -42,6 +43,11 @@ class TranslationRounds:
     @property
     def errors(self) -> int:
         return sum(sample.errors for by_turn in self.samples.values() for sample in by_turn.values())
+
+    @property
+    def faults(self) -> dict[str, dict[str, int]]:
+        """Why requests failed, by point."""
+        return by_point({point: by_turn.values() for point, by_turn in self.samples.items()})
 
 
 def verdicts(rounds: TranslationRounds) -> list[Verdict]:
@@ -85,11 +91,11 @@ def table(rounds: TranslationRounds) -> str:
 
 
 def notes(rounds: TranslationRounds) -> str:
-    """Ratios without a target, who translates alike, who failed."""
+    """Ratios without a target, who translates alike, who failed, and why requests did."""
     lines = [f"{name:52} {ratio!s:>22}" for name, ratio in ratios(rounds).items()]
     lines += [f"{name}: {share:.1%} of the sentences as attnd has them" for name, share in rounds.agreement.items()]
     lines += [f"{name} failed and was left out: {why}" for name, why in rounds.failures.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *fault_lines(rounds.faults)])
 
 
 def _medians(rounds: TranslationRounds, point: str) -> dict[str, float]:
@@ -114,6 +120,7 @@ def summary(rounds: TranslationRounds, facts: Mapping[str, Any]) -> dict[str, An
         "tokens_a_sentence": {name: round(tokens, 2) for name, tokens in rounds.tokens.items()},
         "agreement": {name: round(share, 4) for name, share in rounds.agreement.items()},
         "errors": rounds.errors,
+        "faults": rounds.faults,
         "failures": rounds.failures,
     }
 

@@ -20,8 +20,10 @@ end
 function done(summary, latency, _)
   local errors = summary.errors
   io.write(string.format(
-    '{"requests": %d, "microseconds": %d, "errors": %d, "mean": %.1f, "p50": %d, "p90": %d, "p99": %d, "worst": %d}\n',
+    '{"requests": %d, "microseconds": %d, "mean": %.1f, "p50": %d, "p90": %d, "p99": %d, "worst": %d, "faults": ',
     summary.requests, summary.duration,
-    errors.connect + errors.read + errors.write + errors.status + errors.timeout,
     latency.mean, latency:percentile(50), latency:percentile(90), latency:percentile(99), latency.max))
+  io.write(string.format(
+    '{"status over 399": %d, "the connection was lost": %d, "no connection": %d, "no reply in 20 s": %d}}\n',
+    errors.status, errors.read + errors.write, errors.connect, errors.timeout))
 end
