@@ -54,7 +54,7 @@ def feed_forward(graph: Graph, layer: int, h: str, kinds: Kinds) -> str:
     gate, up = f"gate.{layer}", f"up.{layer}"
     graph.node("Split", [both], gate, up, axis=-1, num_outputs=2)
     swish = graph.node("QuickGelu", [gate], f"swish.{layer}", contrib=True, alpha=1.0)
-    return matrix(graph, f"down.{layer}", graph.node("Mul", [swish, up], f"gated.{layer}"), kinds.down)
+    return matrix(graph, f"down.{layer}", graph.node("Mul", [swish, up], f"gated.{layer}"), kinds.down_of(layer))
 
 
 def rotary_tables(graph: Graph, config: ModelConfig, max_length: int) -> None:

@@ -1,7 +1,7 @@
 """Measures a decoder's activations and chooses the scales that move their peaks into weights (SmoothQuant).
 
-Xiao et al. 2022, equation 4, with alpha 1/2: an input channel's scale is sqrt(its greatest activation / the greatest
-weight that reads it). Only places where a scale folds away at no cost: the inputs of q/k/v and of gate/up, made by a
+Xiao et al. 2022, equation 4: an input channel's scale is (its greatest activation)^alpha / (the greatest weight that
+reads it)^(1 - alpha). Only places where a scale folds away at no cost: the inputs of q/k/v and of gate/up, made by a
 norm, and those of down, made by up. `service.worker.weights.packing` folds them.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.transformer import Block, LanguageModel
 from service.worker.weights.packing import Floats, Smoothing
 
-ALPHA = 0.5
+ALPHAS = (0.7, 0.7, 0.5)  # in the order of Smoothing's fields; how they were chosen is in model/LOG.md
 FLOOR = 1e-4  # of the greatest activation: a channel that was silent in the samples may speak later
 SMALLEST_WEIGHT = 1e-3
 
@@ -50,11 +50,11 @@ def readers(block: Block) -> tuple[list[nn.Linear], ...]:
     )
 
 
-def scales(peaks: Tensor, layers: Sequence[nn.Linear]) -> Floats:
+def scales(peaks: Tensor, layers: Sequence[nn.Linear], alpha: float) -> Floats:
     """One scale an input channel; their geometric mean is 1."""
     activation = peaks.double().clamp(min=float(peaks.max()) * FLOOR)
     weight = torch.stack([layer.weight.detach().abs().amax(0) for layer in layers]).amax(0).double()
-    raw = (activation**ALPHA / weight.clamp(min=SMALLEST_WEIGHT) ** (1 - ALPHA)).numpy()
+    raw = (activation**alpha / weight.clamp(min=SMALLEST_WEIGHT) ** (1 - alpha)).numpy()
     return (raw / np.exp(np.log(raw).mean())).astype(np.float32)
 
 
@@ -63,9 +63,9 @@ def calibrate(model: LanguageModel, sequences: Sequence[Sequence[int]]) -> list[
     """The scales of every block, from what `sequences` of token ids do inside the model."""
     if not sequences:
         raise ValueError("smoothing needs sample texts to measure activations on")
-    places = [place for block in model.decoder.stack.blocks for place in readers(block)]
-    with peaks_of([layers[0] for layers in places]) as peaks:
+    places = [place for block in model.decoder.stack.blocks for place in zip(readers(block), ALPHAS, strict=True)]
+    with peaks_of([layers[0] for layers, _ in places]) as peaks:
         for ids in sequences:
             model(torch.tensor([list(ids)]))
-    found = [scales(*one) for one in zip(peaks, places, strict=True)]
+    found = [scales(one, layers, alpha) for one, (layers, alpha) in zip(peaks, places, strict=True)]
     return [Smoothing(*found[at : at + 3]) for at in range(0, len(found), 3)]

@@ -33,7 +33,7 @@ from service.worker.weights.packing import PRECISIONS, decoder_pieces, read_smoo
 
 NUM_SLOTS = 16
 NUM_NEW = 50  # greedy tokens a prompt
-CUTS = (16, 32, 48)  # tokens in a piece
+CUTS = (8, 16, 40)  # tokens in a piece
 NUM_STEPS = 6  # of decoding, when batches are compared
 MAX_DIFFERENCE = 1e-3  # of float32 logits, which go to 30
 MIN_CORRELATION = 0.99  # of int8 logits

@@ -40,7 +40,11 @@ class Settings:
     max_queue: Annotated[Positive, "inputs that may wait for the engine before requests are refused"] = 2048
     max_inputs: Annotated[int, Field(ge=1, le=MAX_INPUTS), "inputs in one request, at the most"] = 1024
     max_attention_bytes: Annotated[Positive, "bytes of the attention maps of one request, as float32"] = 16_777_216
-    max_batch: Annotated[int, Field(ge=1, le=256), "outputs written together, at the most"] = 16
+    max_batch: Annotated[
+        int,
+        Field(ge=0, le=256),
+        "outputs written in one step, at the most (0: 16, or 32 translations by each thread)",
+    ] = 0
     max_queue_outputs: Annotated[Positive, "outputs that may wait to be written before requests are refused"] = 256
     kv_cache_bytes: Annotated[
         int, Field(ge=0), "memory for keys and values of each model that writes (0: 2 GiB, or half of what is there)"

@@ -9,13 +9,14 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from service.domain import GenerateTiming, Timing
+from service.histogram import Histogram
 from service.vllm_metrics import VllmMetrics, with_vllm_bounds
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -24,7 +25,8 @@ PROMPT_TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
 COMPLETION_TOKENS = (0, 1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
 TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
-Metric = TypeVar("Metric", Counter, Gauge, Histogram)
+Metric = TypeVar("Metric", Counter, Gauge)
+Declared = TypeVar("Declared", bound=Collector)
 
 _REQUEST = ("route", "model", "outcome")
 _STAGES = {
@@ -42,7 +44,7 @@ _GENERATION_STAGES = {
 
 
 class Kept(Generic[Metric]):
-    """A metric's children. Looking one up by its labels costs as much as observing; here it is one dictionary's get."""
+    """A metric's children. Looking one up by its labels costs more than counting; here it is one dictionary's get."""
 
     def __init__(self, metric: Metric) -> None:
         self._metric: Metric = metric
@@ -88,11 +90,9 @@ class Metrics:
             self.registry.register(VllmMetrics(self._declared))
 
     def _declare_requests(self) -> None:
-        self._stages = [Kept(self._seconds(name, text, _REQUEST)) for name, text in _STAGES.items()]
-        self.prompt_tokens = Kept(
-            self._histogram(
-                "attnd_request_prompt_tokens", "Tokens the model read for a request.", ("route", "model"), PROMPT_TOKENS
-            )
+        self._stages = [self._seconds(name, text, _REQUEST) for name, text in _STAGES.items()]
+        self.prompt_tokens = self._histogram(
+            "attnd_request_prompt_tokens", "Tokens the model read for a request.", ("route", "model"), PROMPT_TOKENS
         )
         self.in_flight_of = Kept(
             self._gauge("attnd_requests_in_flight", "Requests begun and not yet ended.", ("route",))
@@ -101,7 +101,7 @@ class Metrics:
         self._maps = (
             Kept(self._counter("attnd_attention_maps", "Attention maps that were told.", labels)),
             Kept(self._counter("attnd_attention_bytes", "Bytes of attention maps, as float32.", labels)),
-            Kept(self._seconds("attnd_attention_seconds", "Seconds from asking for maps to the last of them.", labels)),
+            self._seconds("attnd_attention_seconds", "Seconds from asking for maps to the last of them.", labels),
         )
 
     def _declare_batches(self) -> None:
@@ -127,32 +127,24 @@ class Metrics:
         self.real_tokens = self._counter("attnd_real_tokens", "Tokens computed to classify texts, padding not counted.")
 
     def _declare_generations(self) -> None:
-        self._generation_stages = [
-            Kept(self._seconds(name, text, _REQUEST)) for name, text in _GENERATION_STAGES.items()
-        ]
-        self._completion_tokens = Kept(
-            self._histogram(
-                "attnd_request_completion_tokens",
-                "Tokens written for a generation, all of its outputs together.",
-                _REQUEST,
-                COMPLETION_TOKENS,
-            )
+        self._generation_stages = [self._seconds(name, text, _REQUEST) for name, text in _GENERATION_STAGES.items()]
+        self._completion_tokens = self._histogram(
+            "attnd_request_completion_tokens",
+            "Tokens written for a generation, all of its outputs together.",
+            _REQUEST,
+            COMPLETION_TOKENS,
         )
-        self.cached_tokens = Kept(
-            self._histogram(
-                "attnd_request_cached_tokens",
-                "Tokens of a generation's prompts that were not computed but taken from the prefix cache.",
-                ("route", "model"),
-                (0, *PROMPT_TOKENS),
-            )
+        self.cached_tokens = self._histogram(
+            "attnd_request_cached_tokens",
+            "Tokens of a generation's prompts that were not computed but taken from the prefix cache.",
+            ("route", "model"),
+            (0, *PROMPT_TOKENS),
         )
-        self.token_gap = Kept(
-            self._histogram(
-                "attnd_inter_token_seconds",
-                "Seconds between two consecutive tokens of one output, whatever became of it later.",
-                ("model",),
-                self._token_buckets,
-            )
+        self.token_gap = self._histogram(
+            "attnd_inter_token_seconds",
+            "Seconds between two consecutive tokens of one output, whatever became of it later.",
+            ("model",),
+            self._token_buckets,
         )
         self.generated_tokens = Kept(
             self._counter(
@@ -180,16 +172,14 @@ class Metrics:
             "attnd_kv_cache_capacity_tokens", "Tokens whose keys and values there is room for."
         )
         self._kv_block = self._gauge("attnd_kv_cache_block_tokens", "Tokens that are cached and reused as one block.")
-        self._step_rows = Kept(
-            self._histogram("attnd_step_rows", "Outputs that one engine step continued.", ("model",), BATCH_SIZES)
+        self._step_rows = self._histogram(
+            "attnd_step_rows", "Outputs that one engine step continued.", ("model",), BATCH_SIZES
         )
-        self._step_seconds = Kept(
-            self._histogram(
-                "attnd_step_seconds",
-                "Seconds of one engine step spent on prompts (phase prefill) and on writing (phase decode).",
-                ("model", "phase"),
-                self._token_buckets,
-            )
+        self._step_seconds = self._histogram(
+            "attnd_step_seconds",
+            "Seconds of one engine step spent on prompts (phase prefill) and on writing (phase decode).",
+            ("model", "phase"),
+            self._token_buckets,
         )
         self._step_tokens = Kept(
             self._counter(
@@ -202,41 +192,39 @@ class Metrics:
         self._prefix_hit = Kept(
             self._counter("attnd_prefix_cache_hit_tokens", "Prompt tokens that the prefix cache had.")
         )
-        self._released = Kept(
-            self._seconds(
-                "attnd_release_seconds", "Seconds from a client's leaving until its slots were free.", ("model",)
-            )
+        self._released = self._seconds(
+            "attnd_release_seconds", "Seconds from a client's leaving until its slots were free.", ("model",)
         )
 
     # --- called where requests cross the seam
 
     def observe_prompt(self, route: str, model: str, num_tokens: int) -> None:
-        self.prompt_tokens(route, model).observe(num_tokens)
+        self.prompt_tokens.labels(route, model).observe(num_tokens)
 
     def observe_request(self, route: str, model: str, outcome: str, timing: Timing) -> None:
         """Count one ended request; all stages, whatever the outcome."""
         total, queue, tokenize, compute = self._stages
-        total(route, model, outcome).observe(timing.total_seconds)
-        queue(route, model, outcome).observe(timing.queue_seconds)
-        tokenize(route, model, outcome).observe(timing.tokenize_seconds)
-        compute(route, model, outcome).observe(timing.compute_seconds)
+        total.labels(route, model, outcome).observe(timing.total_seconds)
+        queue.labels(route, model, outcome).observe(timing.queue_seconds)
+        tokenize.labels(route, model, outcome).observe(timing.tokenize_seconds)
+        compute.labels(route, model, outcome).observe(timing.compute_seconds)
 
     def observe_maps(self, model: str, reduce: str, num_maps: int, num_bytes: int, seconds: float) -> None:
         """Count the maps of one request that was answered."""
         total, size, duration = self._maps
         total(model, reduce).inc(num_maps)
         size(model, reduce).inc(num_bytes)
-        duration(model, reduce).observe(seconds)
+        duration.labels(model, reduce).observe(seconds)
 
     def observe_generation(
         self, route: str, model: str, outcome: str, timing: GenerateTiming, num_completion_tokens: int
     ) -> None:
         """Count what only generations have of one that ended; all of it, whatever the outcome."""
         first_token, prefill, decode = self._generation_stages
-        first_token(route, model, outcome).observe(timing.first_token_seconds or timing.total_seconds)
-        prefill(route, model, outcome).observe(timing.prefill_seconds)
-        decode(route, model, outcome).observe(timing.decode_seconds)
-        self._completion_tokens(route, model, outcome).observe(num_completion_tokens)
+        first_token.labels(route, model, outcome).observe(timing.first_token_seconds or timing.total_seconds)
+        prefill.labels(route, model, outcome).observe(timing.prefill_seconds)
+        decode.labels(route, model, outcome).observe(timing.decode_seconds)
+        self._completion_tokens.labels(route, model, outcome).observe(num_completion_tokens)
         if outcome == "cancelled":
             self.cancellations(model).inc()
 
@@ -261,11 +249,11 @@ class Metrics:
     ) -> None:
         """Count one engine step, which continued `rows` outputs by a token and computed `prefill_tokens` of prompts."""
         if rows:
-            self._step_rows(model).observe(rows)
-            self._step_seconds(model, "decode").observe(decode_seconds)
+            self._step_rows.labels(model).observe(rows)
+            self._step_seconds.labels(model, "decode").observe(decode_seconds)
             self._step_tokens(model, "decode").inc(rows)
         if prefill_tokens:
-            self._step_seconds(model, "prefill").observe(prefill_seconds)
+            self._step_seconds.labels(model, "prefill").observe(prefill_seconds)
             self._step_tokens(model, "prefill").inc(prefill_tokens)
 
     def observe_prefix(self, model: str, *, queried: int, hit: int) -> None:
@@ -275,7 +263,7 @@ class Metrics:
 
     def observe_released(self, model: str, seconds: float) -> None:
         """Count a slot that was free `seconds` after its client had left."""
-        self._released(model).observe(seconds)
+        self._released.labels(model).observe(seconds)
 
     # --- called by whoever answers a scrape
 
@@ -296,8 +284,10 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
         chosen = with_vllm_bounds(name, buckets) if self._has_vllm_bounds else buckets
-        return self._declare(Histogram(name, text, labels, buckets=chosen, registry=self.registry))
+        histogram = Histogram(name, text, labels, chosen)
+        self.registry.register(histogram)
+        return self._declare(histogram)
 
-    def _declare(self, metric: Metric) -> Metric:
+    def _declare(self, metric: Declared) -> Declared:
         self._declared.append(metric)
         return metric

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 
 from service.domain import Call, End, Event, Finish, GenerateTiming, Start, Token
 from service.metrics import Metrics
@@ -11,7 +10,7 @@ Clock = Callable[[], float]
 
 
 class Tally:
-    """`take` every event, in order. What happens per token costs a few microseconds: it counts with kept children."""
+    """`take` every event, in order. What happens per token costs a few microseconds: it counts with kept series."""
 
     __slots__ = (
         "_call",
@@ -64,7 +63,7 @@ class Tally:
             progress.first_token = self._clock()
         self.start = start
         self.model = start.model
-        self._observe_gap = self._metrics.token_gap(start.model).observe
+        self._observe_gap = self._metrics.token_gap.labels(start.model).observe
         self._count_token = self._metrics.generated_tokens(start.model).inc
         self._metrics.observe_prompt(self._call.route, start.model, start.prompt_tokens)
 
@@ -78,24 +77,37 @@ class Tally:
         if usage.completion_tokens > self.num_tokens:  # tokens that nobody was shown, as the one that ends a text
             self._metrics.generated_tokens(self.model).inc(usage.completion_tokens - self.num_tokens)
         self.num_tokens = usage.completion_tokens
-        self._metrics.cached_tokens(self._call.route, self.model).observe(usage.cached_tokens)
+        self._metrics.cached_tokens.labels(self._call.route, self.model).observe(usage.cached_tokens)
 
     def take_untold(self) -> None:
         """Counts the tokens that no event told of, as far as they came; to be called once, at the end."""
-        progress = self._call.progress
-        for gap in tuple(progress.untold_gaps):  # an engine may still be adding to them
-            self._metrics.token_gap(self.model).observe(gap)
-        if self.end is None and progress.num_untold:  # else its usage has them
-            self._metrics.generated_tokens(self.model).inc(progress.num_untold)
-            self.num_tokens += progress.num_untold
+        gaps = tuple(self._call.progress.untold_gaps)  # an engine may still be adding to them
+        if not gaps:
+            return
+        observe_gap = self._metrics.token_gap.labels(self.model).observe
+        for gap in gaps:
+            if gap is not None:
+                observe_gap(gap)
+        if self.end is None:  # else its usage has them
+            self._metrics.generated_tokens(self.model).inc(len(gaps))
+            self.num_tokens += len(gaps)
 
     def timing(self) -> GenerateTiming:
         """Where the time went until now: the worker's own stages once there is an end, else as far as it came."""
-        known = self._call.progress.generate_timing(self._clock())
+        now, progress = self._clock(), self._call.progress
         if self.end is None:
-            return known
-        return replace(
-            self.end.timing, first_token_seconds=known.first_token_seconds, total_seconds=known.total_seconds
+            return progress.generate_timing(now)
+        told = self.end.timing
+        first_token_seconds = told.first_token_seconds
+        if self._call.wants_tokens and progress.first_token is not None:  # else what was told came at the end only
+            first_token_seconds = progress.first_token - progress.begun
+        return GenerateTiming(
+            told.queue_seconds,
+            told.tokenize_seconds,
+            told.prefill_seconds,
+            told.decode_seconds,
+            first_token_seconds,
+            now - progress.begun,
         )
 
     def fields(self, timing: GenerateTiming) -> dict[str, object]:

@@ -59,7 +59,7 @@ def make_generator(
     bundle = load_bundle(directory)
     watched = WatchedEngine(DecoderEngine(bundle, num_slots=slots_for(max_rows), num_blocks=num_blocks, threads=1))
     sizes = {"max_rows": max_rows, "max_waiting": max_waiting, "num_blocks": num_blocks}
-    return Generator(bundle, watched, metrics, vocab_size=watched.vocab_size, **sizes), watched
+    return Generator(bundle, [watched], metrics, vocab_size=watched.vocab_size, **sizes), watched
 
 
 async def serving(generator: Generator, *, drain_timeout_s: float = 5.0) -> LocalBackend:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -242,6 +243,15 @@ async def test_a_generation_says_what_it_is_made_of(seam: Backend, talker: FakeB
     ]
     assert isinstance(end, End)
     assert end.usage == GenerateUsage(3, 3, cached_tokens=0)
+
+
+@pytest.mark.parametrize("wants_tokens", [True, False])
+async def test_whether_tokens_are_wanted_is_known_everywhere(
+    seam: Backend, talker: FakeBackend, wants_tokens: bool
+) -> None:
+    asked = replace(call(), wants_tokens=wants_tokens)
+    assert [event async for event in seam.generate(GenerateRequest(prompt="a b"), asked)]
+    assert [one.wants_tokens for one in talker.calls] == [wants_tokens]
 
 
 async def test_generations_run_side_by_side(seam: Backend, talker: FakeBackend) -> None:

@@ -22,7 +22,7 @@ from service.domain import TokenLogprob
 from service.errors import EngineFailed
 from service.metrics import Metrics
 from service.worker.bundle import load_bundle
-from service.worker.generation.beam_search import Beam, BeamSearch, placed
+from service.worker.generation.beam_search import Beam, BeamSearch, likeliest_of_rows, placed
 from service.worker.generation.generator import Generator
 from service.worker.generation.scheduler import slots_for
 from service.worker.generation.translator import TranslatorEngine
@@ -65,6 +65,11 @@ def table(*rows: Sequence[float]) -> Model:
     return lambda read: [np.log(np.array(rows[min(len(own), len(rows) - 1)], np.float32)) for own in read]
 
 
+def certain(token: int) -> np.ndarray:
+    """Logits of four tokens, of which one is possible."""
+    return np.where(np.arange(4) == token, 0, -np.inf).astype(np.float32)
+
+
 def agree(found: list[tuple[list[int], float]], expected: list[Any]) -> None:
     assert [ids for ids, _ in found] == [hypothesis.ids for hypothesis in expected]
     assert [score for _, score in found] == pytest.approx([one.score for one in expected], abs=1e-5)
@@ -97,7 +102,7 @@ def make_translator(directory: Path) -> Generator:
     bundle = load_bundle(directory)
     engine = TranslatorEngine(bundle, num_slots=slots_for(16), threads=1)
     sizes = {"max_rows": 16, "max_waiting": 400, "num_blocks": 0}
-    return Generator(bundle, engine, Metrics((1.0,), {}), vocab_size=engine.vocab_size, **sizes)
+    return Generator(bundle, [engine], Metrics((1.0,), {}), vocab_size=engine.vocab_size, **sizes)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -164,6 +169,59 @@ def test_tokens_are_described_from_the_logits_that_they_were_chosen_by() -> None
     assert told == [[(2, 0.6), (0, 0.5)], [(2, 0.6), (1, 0.3)]]
 
 
-def test_what_is_not_finite_fails() -> None:
+def test_there_are_enough_that_live_whatever_else_ends() -> None:
+    search = make_search(2, end_ids=(0, 1))
+    search.step(table([0.1, 0.1, 0.5, 0.3])([[], []]))  # 2, 3
+    search.step([np.log(np.array(row, np.float32)) for row in ([0.32, 0.32, 0.34, 0.02], [0.49, 0.49, 0.01, 0.01])])
+    assert search.continuations == [(0, 2), (0, 3)]  # the first and the sixth; between them all four that end
+    assert [[token for token, _ in beam.written] for beam in search.best] == [[2, 0]]
+
+
+def test_what_is_impossible_is_never_written() -> None:
+    search = make_search(3, length_penalty=0.0)
+    search.step([certain(1)] * 3)
+    assert search.continuations == [(0, 1), (1, 0), (2, 0)]  # one lives
+    search.step([certain(END_ID)] * 3)
+    assert search.is_finished  # none lives
+    assert [([token for token, _ in beam.written], beam.total) for beam in search.best] == [([1, END_ID], 0.0)]
+
+
+def test_a_beam_goes_on_from_the_row_where_it_lives() -> None:
+    search = make_search(2)
+    search.step(table([0.1, 0.5, 0.1, 0.3])([[], []]))
+    search.step([certain(END_ID), certain(0)])
+    assert search.continuations == [(0, 0), (1, 0)]  # the beam of row 0 has ended
+    search.step(table([0.1, 0.5, 0.1, 0.3])([[], []]))
+    assert search.continuations == [(1, 3), (1, 1)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("row", [0, 1])
+def test_what_is_not_finite_fails(value: float, row: int) -> None:
+    search = make_search(2)
+    search.step(table([0.4, 0.3, 0.1, 0.2])([[], []]))
+    logits = np.zeros((2, 4), np.float32)
+    logits[row, 3] = value
     with pytest.raises(EngineFailed):
-        make_search(2).step([np.array([0, np.nan, 1], np.float32)] * 2)
+        search.step(logits)
+
+
+@pytest.mark.parametrize("size", [3, 64, 300, 8000])
+@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_the_likeliest_of_rows_are_those_of_a_stable_sort(size: int, num_rows: int, is_rounded: bool) -> None:
+    """Rounded ones are full of equals, and the rows' totals are equal, too."""
+    draw = np.random.default_rng(size)
+    logits = draw.standard_normal((num_rows, size)).astype(np.float32) * 3
+    logits = np.tile(np.round(logits[0]), (num_rows, 1)) if is_rounded else logits
+    totals = [-2000.0 if is_rounded else -2000 + float(draw.normal()) for _ in logits]
+    log_p = np.array(totals)[:, None] + torch.from_numpy(logits).double().log_softmax(-1).numpy()
+    order = np.argsort(-log_p.ravel(), kind="stable")[:9]
+    found = likeliest_of_rows(logits, totals, 9)
+    assert [(row, token) for _, row, token in found] == [divmod(int(place), size) for place in order]
+    assert [total for total, _, _ in found] == pytest.approx(log_p.ravel()[order].tolist(), abs=1e-6)
+
+
+def test_what_is_nearly_equal_is_told_apart_behind_a_long_text() -> None:
+    ((_, _, token),) = likeliest_of_rows(np.array([[0, 1, 1.00001]], np.float32), [-2000.0], 1)
+    assert token == 2

@@ -156,7 +156,7 @@ CODECS = {
         lambda result: classify.parse_classification(classify.classification_bytes(result)),
     ),
     ModelInfo: (MODELS, lambda model: models.parse_models(models.models_bytes([model]))[0]),
-    GenerateRequest: (GENERATE_REQUESTS, lambda request: generate.parse_request(generate.request_bytes(request))),
+    GenerateRequest: (GENERATE_REQUESTS, lambda request: generate.parse_request(generate.request_bytes(request))[0]),
     AttentionRequest: (ATTENTION_REQUESTS, lambda request: attend.parse_request(attend.request_bytes(request))),
     AttentionMaps: (ATTENTIONS, lambda result: attend.parse_maps(list(attend.maps_bytes(result)))),
     ExplainRequest: (
@@ -244,7 +244,13 @@ def test_a_value_out_of_range_names_field_and_value(message: pb.ClassifyRequest,
 
 def test_unset_fields_of_a_generation_are_the_defaults() -> None:
     message = pb.GenerateRequest(prompts=[pb.Prompt(text="good")])
-    assert generate.parse_request(message.SerializeToString()) == GenerateRequest(prompt="good")
+    assert generate.parse_request(message.SerializeToString()) == (GenerateRequest(prompt="good"), True)
+
+
+@pytest.mark.parametrize("wants_tokens", [True, False])
+def test_whether_tokens_are_wanted_goes_with_the_request(wants_tokens: bool) -> None:
+    request = GenerateRequest(prompt="good")
+    assert generate.parse_request(generate.request_bytes(request, wants_tokens=wants_tokens)) == (request, wants_tokens)
 
 
 def asking(**fields: typing.Any) -> pb.GenerateRequest:

@@ -11,7 +11,7 @@ from model.decoder_graph import build_decoder
 from service.worker.bundle import load_bundle
 from service.worker.generation.decoder import DecoderEngine
 from service.worker.session import Session
-from service.worker.weights.packing import FLOAT32
+from service.worker.weights.packing import FLOAT32, PRECISIONS, Kinds
 from tests.tiny import CHAT_CONFIG, seeded_chat_model, tiny_generation_bundle
 
 IDS = np.random.default_rng(1).integers(3, CHAT_CONFIG.vocab_size, 150).tolist()
@@ -24,7 +24,10 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_generation_bundle(tmp_path_factory.mktemp("int8") / "bundle")
+    """Of its two layers one reads `down` in rows, the other in blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRECISIONS, "int8", Kinds(blocks_of_down=frozenset({1})))
+        return tiny_generation_bundle(tmp_path_factory.mktemp("int8") / "bundle")
 
 
 def engine(directory: Path, num_slots: int = 3) -> DecoderEngine:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from service.domain import Progress
-from service.errors import Overloaded
-from service.worker.generation.pieces import IDLE_BUDGET, budget_beside, piece
+from service.worker.generation.pieces import GRAIN, IDLE_BUDGET, budget_beside, cost, piece
 from service.worker.generation.prefix_cache import CHUNK
 from service.worker.generation.scheduler import Scheduler, slots_for
 from service.worker.generation.sequence import Job, Prompt, Sequence
@@ -20,10 +19,10 @@ NOBODY: Any = None  # writes no text
 class Machine:
     """What an engine would do: slots and blocks as lists of tokens, each step executed in its order."""
 
-    def __init__(self, *, max_rows: int = 4, max_waiting: int = 1000, num_blocks: int = 16, seed: int = 0) -> None:
+    def __init__(self, *, max_rows: int = 4, num_blocks: int = 16, seed: int = 0) -> None:
         self.max_rows = max_rows
         self.draw = random.Random(seed)
-        self.scheduler = Scheduler(max_rows=max_rows, max_waiting=max_waiting, num_blocks=num_blocks)
+        self.scheduler = Scheduler(max_rows=max_rows, num_blocks=num_blocks)
         self.slots: list[list[int]] = [[] for _ in range(slots_for(max_rows))]
         self.blocks: list[list[int]] = [[] for _ in range(num_blocks)]
         self.read: dict[Sequence, list[int]] = {}  # what each sequence's slot must hold
@@ -35,7 +34,6 @@ class Machine:
     ) -> list[Sequence]:
         """One request."""
         job = Job(len(prompts) * n * num_beams, Progress())
-        self.scheduler.admit(job)
         read = [Prompt(index // n, prompts[index // n], is_whole) for index in range(0, len(prompts) * n, n)]
         added = [
             Sequence(job, index, read[index // n], NOBODY, is_echoed, num_beams=num_beams)
@@ -206,7 +204,7 @@ def test_what_nobody_waits_for_leaves_before_the_next_step() -> None:
 
 
 def test_what_is_closed_while_it_waits_gives_its_places_back_at_once() -> None:
-    machine = Machine(max_waiting=2)
+    machine = Machine()
     (first, _) = machine.add(ids(5), ids(6))
     machine.scheduler.close(first.job)
     machine.scheduler.close(first.job)  # twice changes nothing
@@ -217,21 +215,10 @@ def test_what_is_closed_while_it_waits_gives_its_places_back_at_once() -> None:
 def test_what_was_closed_before_it_came_is_never_queued() -> None:
     machine = Machine()
     job = Job(1, Progress())
-    machine.scheduler.admit(job)
     machine.scheduler.close(job)
     machine.scheduler.add([Sequence(job, 0, Prompt(0, ids(5)), NOBODY)])
     assert machine.step().is_empty
     assert machine.scheduler.num_waiting == 0
-
-
-def test_a_full_queue_refuses_and_says_the_numbers() -> None:
-    machine = Machine(max_rows=1, max_waiting=3)
-    machine.add(ids(5), ids(6))
-    with pytest.raises(Overloaded, match="2 outputs wait, 2 more do not fit under the limit of 3"):
-        machine.add(ids(5), n=2)
-    machine.step()  # one got the slot
-    machine.add(ids(5), n=2)
-    assert machine.scheduler.num_waiting == 3
 
 
 def test_only_as_many_hold_a_slot_as_there_are_rows() -> None:
@@ -261,17 +248,26 @@ def test_a_prompt_is_always_cut_at_the_same_places(others: int) -> None:
 @pytest.mark.parametrize("start", [0, 64, 1900])
 @pytest.mark.parametrize("length", [1, 2, 3, 20, 63, 64])
 def test_a_piece_never_leaves_a_single_token(length: int, start: int, budget: int) -> None:
-    end, cost = piece(start, start + length, budget)
+    end = piece(start, start + length, budget)
     assert start < end <= start + length
     assert start + length - end != 1
     assert end - start > 1 or length == 1
-    assert cost <= max(24, budget + 16) * (1 + start / 2048)
-    assert end == start + length or (end - start) % 16 == 0
+    assert cost(end - start, start) <= max(budget, cost(GRAIN, start)) + cost(GRAIN // 2, start)
+    assert end == start + length or (end - start) % GRAIN == 0
 
 
-def test_a_token_far_from_the_start_costs_more() -> None:
-    assert piece(0, 64, 32) == (32, 32)
-    assert piece(2048, 2112, 32) == (2064, 32)
+def test_a_piece_uses_its_budget() -> None:
+    for start in range(0, 2048, 64):
+        for budget in range(cost(GRAIN, start), 100):
+            end = piece(start, start + 64, budget)
+            assert end == start + 64 or cost(end - start + GRAIN, start) > budget
+
+
+def test_a_token_far_from_the_start_costs_more_and_so_does_a_run() -> None:
+    assert cost(16, 1100) == 2 * cost(16, 0)
+    assert cost(16, 0) + cost(16, 16) > cost(32, 0)
+    assert piece(0, 64, 48) == 40
+    assert piece(1100, 1164, 48) == 1116
 
 
 def test_a_step_reads_no_more_than_its_budget_and_always_writes() -> None:
@@ -281,7 +277,7 @@ def test_a_step_reads_no_more_than_its_budget_and_always_writes() -> None:
     machine.add(*(ids(40 + 10 * at, 1000 * at) for at in range(6)))
     for _ in range(12):
         step = machine.step()
-        assert sum(end - start for _, start, end in planned(step)) <= budget_beside(len(step.rows)) + 9
+        assert sum(cost(end - start, start) for _, start, end in planned(step)) <= budget_beside(len(step.rows))
         assert 0 in rows(step)
 
 
@@ -296,7 +292,8 @@ def test_several_short_prompts_share_a_step() -> None:
     machine.add(ids(5))
     machine.run_until(lambda: len(machine.scheduler._rows) == 1)
     machine.add(*(ids(4, 1000 * at) for at in range(1, 5)))
-    assert [start for start, *_ in planned(machine.step())] == [1, 2, 3]
+    assert [rank for rank, *_ in planned(machine.step())] == [1, 2]  # 24 of 31
+    assert [rank for rank, *_ in planned(machine.step())] == [3, 4]
 
 
 def test_short_prompts_do_not_wait_for_a_long_one() -> None:
@@ -309,12 +306,32 @@ def test_short_prompts_do_not_wait_for_a_long_one() -> None:
     assert machine.run_until(lambda: short in machine.written) <= 2
 
 
+def num_pieces(length: int, budget: int) -> int:
+    count = start = 0
+    while start < length:
+        start, count = piece(start, min((start // 64 + 1) * 64, length), budget), count + 1
+    return count
+
+
+def test_a_piece_that_is_too_dear_beside_another_begins_the_next_step() -> None:
+    machine = Machine(max_rows=9)
+    machine.add(*(ids(5, 1000 * at) for at in range(7)))
+    machine.run_until(lambda: len(machine.scheduler._rows) == 7)
+    (long,) = machine.add(ids(1500, 50_000))
+    machine.run_until(lambda: long.num_computed >= 1400)
+    (short,) = machine.add(ids(20, 90_000))
+    seen = [planned(machine.step()) for _ in range(4)]
+    assert [len(chunks) for chunks in seen] == [1] * 4
+    assert {rank for ((rank, *_),) in seen[:2]} == {long.rank[1], short.rank[1]}
+
+
 def test_a_long_prompt_is_read_under_a_stream_of_short_ones() -> None:
     machine = Machine()
     machine.add(ids(5))
     machine.run_until(lambda: len(machine.scheduler._rows) == 1)
     (long,) = machine.add(ids(320, 100_000))
-    for count in range(48):
+    alone = num_pieces(320, budget_beside(1))
+    for count in range(4 * alone):
         machine.finish(*machine.add(ids(60, 1000 * count)))
         newest = machine.add(ids(60, 1000 * count))
         machine.step()
@@ -325,7 +342,7 @@ def test_a_long_prompt_is_read_under_a_stream_of_short_ones() -> None:
         if long in machine.written:
             break
     assert long in machine.written
-    assert count <= 2 * 320 / budget_beside(1) + 2
+    assert count <= 2 * alone + 2
 
 
 def test_the_first_of_a_request_comes_before_the_rest_of_a_long_one() -> None:
@@ -438,8 +455,8 @@ def test_as_many_sources_are_read_as_the_budget_and_the_rows_allow() -> None:
     machine = Machine(max_rows=4)
     (running,) = add_sources(machine, 12)
     machine.step()
-    others = add_sources(machine, *[7] * 6)
-    assert encoded(machine.step()) == [[1, 2]]  # 14 of 16 tokens beside one row
+    others = add_sources(machine, *[12] * 6)
+    assert encoded(machine.step()) == [[1, 2]]  # 24 of 31 tokens beside one row
     assert encoded(machine.step()) == [[3]]
     assert machine.step().sources == []
     machine.finish(running, *others[:2])

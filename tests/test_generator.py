@@ -55,7 +55,7 @@ class Running:
 
     @property
     def num_busy(self) -> int:
-        return self.generator._loop.num_running
+        return self.generator._lanes.num_running
 
 
 Start_ = Callable[..., Awaitable[Running]]
@@ -228,7 +228,7 @@ async def test_a_very_long_prompt_is_tokenized_beside_the_event_loop_and_refused
     ) as caught:
         await running.collect(prompt=["a", "b" * LONG_TEXT])
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt.1")
-    assert running.generator._loop.num_waiting == 0
+    assert running.generator._lanes.num_waiting == 0
 
 
 # --- beam search
@@ -412,7 +412,7 @@ async def test_what_the_model_cannot_do_is_said(
 ) -> None:
     with pytest.raises(error, match=message):
         await running.collect(**fields)
-    assert (running.generator._loop.num_waiting, running.generator._open) == (0, {})
+    assert (running.generator._lanes.num_waiting, running.generator._open) == (0, {})
 
 
 async def test_a_full_queue_refuses_before_tokenizing(run: Start_, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +421,7 @@ async def test_a_full_queue_refuses_before_tokenizing(run: Start_, monkeypatch: 
     first = asyncio.ensure_future(running.collect())
     await until(lambda: running.num_busy == 1)
     second = asyncio.ensure_future(running.collect(n=2))
-    await until(lambda: running.generator._loop.num_waiting == 2)
+    await until(lambda: running.generator._lanes.num_waiting == 2)
     monkeypatch.setattr(running.generator, "_read", None)  # would fail if it were called
     with pytest.raises(Overloaded, match="2 outputs wait, 1 more do not fit under the limit of 2") as caught:
         await running.collect()
@@ -485,11 +485,11 @@ async def test_a_task_that_is_cancelled_while_it_waits_gives_its_place_back(run:
     first = asyncio.ensure_future(running.collect())
     await until(lambda: running.num_busy == 1)
     second = asyncio.ensure_future(running.collect())
-    await until(lambda: running.generator._loop.num_waiting == 1)
+    await until(lambda: running.generator._lanes.num_waiting == 1)
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second
-    assert running.generator._loop.num_waiting == 0
+    assert running.generator._lanes.num_waiting == 0
     running.engine.gate.set()
     assert len((await first).ids()) == 12
 
@@ -533,7 +533,7 @@ async def test_a_dead_engine_thread_fails_what_is_open_and_turns_readiness_red(
     def broken(_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(running.generator._loop, "_execute", broken)
+    monkeypatch.setattr(running.generator._lanes._loops[0], "_execute", broken)
     with pytest.raises(EngineFailed, match="the engine of tiny-chat has failed"):
         await running.collect()
     with pytest.raises(Unavailable, match="the engine of tiny-chat has failed"):

@@ -46,7 +46,8 @@ RULES = [
     rule("service.backend", "service.domain"),
     rule("service.logs"),
     rule("service.vllm_metrics", heavy="prometheus_client"),
-    rule("service.metrics", "service.domain service.vllm_metrics", "prometheus_client"),
+    rule("service.histogram", heavy="prometheus_client"),
+    rule("service.metrics", "service.domain service.histogram service.vllm_metrics", "prometheus_client"),
     rule("service.tally", "service.domain service.metrics"),
     rule("service.observed", "service.backend service.domain service.errors service.metrics service.tally"),
     rule("service.status", "service.backend service.errors service.metrics"),
@@ -80,7 +81,7 @@ RULES = [
     rule("service.worker.generation.pieces", "service.worker.generation.prefix_cache"),
     rule(
         "service.worker.generation.scheduler",
-        "service.errors service.worker.generation.pieces service.worker.generation.prefix_cache "
+        "service.worker.generation.pieces service.worker.generation.prefix_cache "
         "service.worker.generation.sequence service.worker.generation.step",
     ),
     rule("service.worker.generation.step", "service.worker.generation.sequence"),
@@ -102,6 +103,10 @@ RULES = [
         "service.worker.generation.loop",
         "service.domain service.worker.engine_threads service.worker.generation.*",
         "numpy",
+    ),
+    rule(
+        "service.worker.generation.lanes",
+        "service.errors service.worker.generation.loop service.worker.generation.sequence",
     ),
     rule("service.worker.machine"),
     rule("service.worker.engine_threads"),

@@ -12,8 +12,9 @@ SLOT = 1000 * 128  # bytes of a sequence of 128 tokens
 BLOCK = 1000 * 64
 
 
-def plan(budget: int, *, max_rows: int = 4, has_prefixes: bool = True) -> KvPlan:
-    return divide(budget, bytes_per_token=1000, max_tokens=128, max_rows=max_rows, has_prefixes=has_prefixes)
+def plan(budget: int, *, num_lanes: int = 1, max_rows: int = 4, has_prefixes: bool = True) -> KvPlan:
+    sizes = {"bytes_per_token": 1000, "max_tokens": 128, "max_rows": max_rows}
+    return divide(budget, num_lanes=num_lanes, has_prefixes=has_prefixes, **sizes)
 
 
 def used(found: KvPlan) -> int:
@@ -36,6 +37,13 @@ def test_a_plan_never_takes_more_than_there_is(budget: int, max_rows: int, has_p
     found = plan(budget, max_rows=max_rows, has_prefixes=has_prefixes)
     assert used(found) <= budget
     assert 1 <= found.max_rows <= max_rows
+
+
+def test_each_lane_gets_an_equal_part() -> None:
+    assert plan(9 * SLOT, num_lanes=3, has_prefixes=False) == plan(3 * SLOT, has_prefixes=False)
+    message = f"{3 * SLOT - 1} bytes .* 128 tokens in each of 3 threads, which takes {3 * SLOT} "
+    with pytest.raises(ConfigError, match=message):
+        plan(3 * SLOT - 1, num_lanes=3)
 
 
 def test_what_holds_not_one_sequence_is_refused_with_the_numbers() -> None:

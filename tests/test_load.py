@@ -18,11 +18,9 @@ from service.gateway.server import HttpServer
 from service.metrics import Metrics
 from service.observed import Observed
 from service.worker import load
-from service.worker.bundle import load_bundle
 from service.worker.classification.classifier import Classifier
 from service.worker.generation.decoder import BLOCK
 from service.worker.generation.generator import Generator
-from service.worker.generation.kv_budget import KvPlan
 from service.worker.generation.prefix_cache import CHUNK
 from service.worker.load import load_models
 from service.worker.local import LocalBackend
@@ -77,16 +75,32 @@ def test_a_translator_s_memory_is_all_for_sources_and_translations(tmp_path: Pat
     assert (generator._max_rows, generator._num_blocks) == (3, 0)
 
 
-def test_a_translation_s_step_computes_on_one_thread_unless_told_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_thread_takes_a_translation_s_steps_and_all_of_them_a_chat_s(
+    chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load, "available_threads", lambda: 3)
-    opened: list[int] = []
-    monkeypatch.setattr(load, "TranslatorEngine", lambda *_, threads, **__: opened.append(threads))
-    bundle = load_bundle(tiny_translator.tiny_translation_bundle(tmp_path / "translation"))
-    for threads in (0, 2):
-        load._engine(bundle, KvPlan(1, 1, 0), replace(make_settings(bundle.directory), threads=threads))
-    assert opened == [1, 2]
+    translation = tiny_translator.tiny_translation_bundle(tmp_path / "translation")
+    for wanted, num_threads in [(0, 3), (2, 2)]:
+        settings = replace(make_settings(chat, translation), threads=wanted)
+        of_chat, of_translation = map(engines_of, load_models(settings, metrics_of(settings)))
+        assert [engine._session.threads for engine in of_chat] == [num_threads]
+        assert [engine._decoder.threads for engine in of_translation] == [1] * num_threads
+        assert len({engine._decoder for engine in of_translation}) == 1  # its weights are in memory once
+
+
+def engines_of(generator: Classifier | Generator) -> list[Any]:
+    assert isinstance(generator, Generator)
+    return [loop._engine for loop in generator._lanes._loops]
+
+
+@pytest.mark.parametrize(("max_batch", "expected"), [(0, [16, 32]), (5, [5, 5])])
+def test_how_many_are_written_in_one_step_depends_on_the_task_unless_it_is_set(
+    chat: Path, tmp_path: Path, max_batch: int, expected: list[int]
+) -> None:
+    translation = tiny_translator.tiny_translation_bundle(tmp_path / "translation")
+    settings = make_settings(chat, translation, max_batch=max_batch)
+    loaded = load_models(settings, metrics_of(settings))
+    assert [one._max_rows for one in loaded if isinstance(one, Generator)] == expected
 
 
 class Served:

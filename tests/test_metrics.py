@@ -67,8 +67,8 @@ def used(metrics: Metrics) -> Metrics:
     metrics.observe_request("/r", "m", "ok", Timing(0.1, 0.2, 0.3, 0.4))
     metrics.observe_generation("/r", "m", "cancelled", GenerateTiming(0.1, 0.2, 0.3, 0.4, 0.5, 0.6), 7)
     metrics.observe_maps("m", "mean", 6, 4096, 0.25)
-    metrics.cached_tokens("/r", "m").observe(64)
-    metrics.token_gap("m").observe(0.002)
+    metrics.cached_tokens.labels("/r", "m").observe(64)
+    metrics.token_gap.labels("m").observe(0.002)
     metrics.generated_tokens("m").inc()
     metrics.finished_outputs("m", "stop").inc()
     metrics.set_load("m", waiting=lambda: 3, running=lambda: 2)
@@ -212,7 +212,7 @@ def test_gaps_of_half_a_millisecond_can_be_told_apart_by_default() -> None:
 @pytest.mark.parametrize(
     "count",
     [
-        lambda metrics: metrics.token_gap("m"),
+        lambda metrics: metrics.token_gap.labels("m"),
         lambda metrics: metrics.finished_outputs("m", "stop"),
         lambda metrics: metrics.in_flight_of("/r"),
     ],
@@ -225,7 +225,7 @@ def test_a_child_is_looked_up_once(count: Callable[[Metrics], Any]) -> None:
 def test_children_with_other_labels_are_others() -> None:
     metrics = fresh()
     assert metrics.finished_outputs("m", "stop") is not metrics.finished_outputs("m", "length")
-    assert metrics.token_gap("m") is not metrics.token_gap("n")
+    assert metrics.token_gap.labels("m") is not metrics.token_gap.labels("n")
 
 
 def test_two_processes_worth_of_metrics_do_not_meet() -> None:

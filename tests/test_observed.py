@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -204,6 +205,13 @@ async def test_the_first_token_is_when_the_worker_says_so_where_it_does() -> Non
     seam.call.progress.first_token = seam.clock.now + 2.5
     await seam.run()
     assert seam.of("attnd_request_first_token_seconds_sum", "ok") == 2.5
+
+
+async def test_where_no_token_is_told_the_first_is_when_the_end_says_it_was() -> None:
+    seam = Seam([(4.0, START), (0.0, Finish(0, "stop")), (0.0, END)])
+    seam.call = replace(seam.call, wants_tokens=False)
+    await seam.run()
+    assert seam.of("attnd_request_first_token_seconds_sum", "ok") == END.timing.first_token_seconds == 99.0
 
 
 async def test_echoed_prompts_are_not_tokens() -> None:

@@ -1,5 +1,6 @@
 """One output: what it shows, what it holds back, and what ends it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,21 @@ WORDS = ["<end>", "a", "b", "c", "Ã", "©", " "]  # 4 and 5 are the two bytes o
 END = 0
 
 
-class Names:
+class ByteTokenizer:
+    """A byte-level tokenizer of WORDS."""
+
     def token_text(self, token: int) -> str:
         return WORDS[token]
 
     def token_bytes(self, token: int) -> bytes:
         return WORDS[token].encode()
+
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer({"type": "ByteLevel"}, lambda token: None if token == END else WORDS[token])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        detokenizer = self.detokenizer()
+        return detokenizer.add(*tokens) + detokenizer.flush()
 
 
 def make_output(
@@ -28,13 +38,11 @@ def make_output(
 ) -> Output:
     request = GenerateRequest(prompt="x", **fields)
     sampler = Sampler(request, temperature=0.0, seed=0, prompt_ids=(1,), end_ids=end_ids, vocab_size=len(WORDS))
-    shown = Detokenizer({"type": "ByteLevel"}, lambda token: None if token == END else WORDS[token])
     return Output(
         3,
         request,
         sampler=sampler,
-        detokenizer=shown,
-        names=Names(),
+        tokenizer=ByteTokenizer(),
         end_ids=end_ids,
         max_tokens=max_tokens,
         wants_tokens=wants_tokens,

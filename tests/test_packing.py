@@ -95,6 +95,12 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
     assert "head.codes" not in places
 
 
+def test_down_is_in_blocks_where_its_inputs_need_it(tmp_path: Path) -> None:
+    places = written(tmp_path / "a", Kinds(blocks_of_down=frozenset({1})))
+    assert [places[f"down.{layer}.codes"].dtype for layer in (0, 1)] == ["int8", "uint8"]
+    assert (FLOAT32.down_of(0), INT8.down_of(0), INT8.down_of(15)) == ("float32", "blocks8", "rows8")
+
+
 def test_the_bytes_are_the_same_again(tmp_path: Path) -> None:
     written(tmp_path / "a", INT8)
     written(tmp_path / "b", INT8)

@@ -153,7 +153,7 @@ def test_its_detokenizer_gives_the_decoder_s_text(tmp_path: Path, name: str) -> 
     for _ in range(20):
         ids = [draw.randrange(tokenizer.get_vocab_size()) for _ in range(30)]
         one = ours.detokenizer()
-        assert "".join([*map(one.add, ids), one.flush()]) == tokenizer.decode(ids)
+        assert "".join([*map(one.add, ids), one.flush()]) == tokenizer.decode(ids) == ours.decode(ids)
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_the_shipped_part_is_small_and_names_what_it_lacks(manifest: Manifest) -
 def test_it_was_verified_and_is_as_good_as_promised(manifest: Manifest) -> None:
     assert all(report["passed"] for report in manifest.verification.values())
     assert manifest.quality["int8"]["perplexity"]["increase"] < MAX_INCREASE
-    assert "20 of 20 continuations whole" in manifest.verification["float32"]["checks"]["greedy tokens"]
+    assert "20 of 20 texts whole" in manifest.verification["float32"]["checks"]["greedy tokens"]
     assert "bit-equal" in manifest.verification["int8"]["checks"]["batched == alone"]
 
 

@@ -8,7 +8,16 @@ from numpy.typing import NDArray
 
 from service.domain import GenerateRequest
 from service.errors import EngineFailed, InvalidRequest
-from service.worker.generation.sampling import Sampler, candidates, check_ids, drawn, likeliest, logprobs, nucleus
+from service.worker.generation.sampling import (
+    Sampler,
+    candidates,
+    check_ids,
+    drawn,
+    likeliest,
+    log_sums,
+    logprobs,
+    nucleus,
+)
 
 Logits = NDArray[np.float32]
 VOCABULARY = 3000
@@ -54,9 +63,10 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_lowest() -> None:
 @pytest.mark.parametrize("count", [1, 2, 20, 46, 47, 1000, 3000])
 @pytest.mark.parametrize("size", [3000, 3008])
 def test_the_likeliest_are_those_of_a_stable_sort(count: int, size: int) -> None:
-    logits = np.round(random_logits(count, size=size))  # full of equals
-    expected = np.argsort(-logits, kind="stable")[:count]
-    assert likeliest(logits, count).tolist() == sorted(expected.tolist())
+    different = random_logits(count, size=size)
+    for logits in (different, np.round(different)):  # full of equals
+        expected = np.argsort(-logits, kind="stable")[:count]
+        assert likeliest(logits, count).tolist() == sorted(expected.tolist())
 
 
 # --- which tokens may be drawn, and how likely each is
@@ -319,3 +329,23 @@ def test_logprobs_never_exceed_0_and_are_the_same_bits_wherever_the_row_lies() -
     places = np.zeros((3, 1001), np.float32)
     places[:] = row
     assert len({logprobs(place, 5, 0)[0] for place in (row, *places)}) == 1
+
+
+@pytest.mark.parametrize("size", [2, 77, 1001, 8000, 8193, 50257])
+def test_the_log_sum_of_a_row_is_the_same_bits_alone_and_in_any_block(size: int) -> None:
+    row = random_logits(12, size=size)
+    alone = log_sums(row)
+    assert alone == pytest.approx(np.log(np.exp(row.astype(np.float64)).sum()), abs=1e-6)
+    for num_rows in (1, 2, 5, 16):
+        for place in range(num_rows):
+            block = random_logits(place, size=num_rows * size, scale=9.0).reshape(num_rows, size)
+            block[place] = row
+            assert log_sums(block)[place] == alone
+
+
+@pytest.mark.parametrize(("first", "value"), [(999, np.nan), (999, np.inf), (0, -np.inf)])
+def test_a_row_without_a_finite_greatest_has_no_log_sum(first: int, value: float) -> None:
+    block = random_logits(13).reshape(3, 1000)
+    block[1, first:] = value
+    with pytest.raises(EngineFailed, match="not finite"):
+        log_sums(block)

@@ -1,4 +1,4 @@
-"""A tiny translator's bundle, loaded as `attnd serve` does and asked over HTTP and gRPC."""
+"""A tiny translator's bundle, loaded as `attnd serve` does, on two lanes, and asked over HTTP and gRPC."""
 
 import asyncio
 import json
@@ -69,7 +69,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 async def served(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> AsyncIterator[Served]:
     """The int8 bundle unless the test says otherwise."""
     bundle = bundles[getattr(request, "param", "int8")]
-    settings = Settings(http_port=0, grpc_port=0, models=(str(bundle),), threads=1, drain_timeout=5.0)
+    settings = Settings(http_port=0, grpc_port=0, models=(str(bundle),), threads=2, drain_timeout=5.0)
     metrics = Metrics(settings.latency_buckets, {})
     backend = LocalBackend(lambda: load_models(settings, metrics), drain_timeout_s=5.0)
     await backend.start()
@@ -115,7 +115,7 @@ async def test_a_text_is_its_sentences_translations_and_white_space(served: Serv
         assert whole["usage"][name] == sum(part["usage"][name] for part in parts)
     assert whole["usage"]["completion_tokens"] > 20  # each sentence has its own limit
     assert all(seconds > 0 for name, seconds in whole["timing"].items() if name != "queue_seconds")
-    assert served.sample("attnd_kv_cache_capacity_tokens") == 17 * 2 * 64
+    assert served.sample("attnd_kv_cache_capacity_tokens") == 2 * 33 * 2 * 64
 
 
 @pytest.mark.parametrize("fields", [{}, {"temperature": 1.0, "seed": 4, "n": 2}, {"num_beams": 3, "n": 2}])
@@ -204,7 +204,7 @@ async def test_a_request_gets_the_same_bits_alone_and_among_fifteen_others(
     among = await served.generate(**asked)
     await asyncio.gather(*neighbours)
     assert among["outputs"] == alone["outputs"]
-    assert served.sample("attnd_step_rows_sum") > 3 * served.sample("attnd_step_rows_count")
+    assert served.sample("attnd_step_rows_sum") > 2 * served.sample("attnd_step_rows_count")
 
 
 async def test_grpc_says_the_same(served: Served) -> None:
@@ -213,6 +213,16 @@ async def test_grpc_says_the_same(served: Served) -> None:
     events = [event async for message in served.running.generate(asked) for event in message.events]
     assert "".join(event.token.text + event.finish.text for event in events) == whole["outputs"][0]["text"]
     assert events[-1].end.usage.completion_tokens == whole["usage"]["completion_tokens"]
+
+
+async def test_grpc_tells_whole_texts_where_no_token_is_wanted(served: Served) -> None:
+    asked = pb.GenerateRequest(prompts=[pb.Prompt(text=TEXT)], max_tokens=20)
+    told = [event async for reply in served.running.generate(asked) for event in reply.events]
+    asked.wants_tokens = False
+    start, finish, end = [event async for reply in served.running.generate(asked) for event in reply.events]
+    assert start == told[0]
+    assert finish.finish.text == "".join(event.token.text + event.finish.text for event in told)
+    assert end.end.usage == told[-1].end.usage
 
 
 async def test_the_hugging_face_client_translates(served: Served) -> None:
@@ -245,7 +255,7 @@ async def test_as_many_tokens_can_be_written_as_the_source_may_have(served: Serv
             "sentence 2 of prompt.0 has 83 tokens, the limit is 64",
         ),
         ({"prompt": ["Hi.", "\n"]}, 422, "prompt.1", "prompt.1 has nothing to translate"),
-        ({"prompt": [[]]}, 422, "prompt.0", "sentence 1 of prompt.0 has no tokens, at least one is needed"),
+        ({"prompt": [[]]}, 422, "prompt.0", "prompt.0 has no tokens, at least one is needed"),
         ({"prompt": "Hi. " * 129}, 413, "prompt.0", "prompt.0 brings more than 128 sentences"),
         ({"prompt": "Hi.", "echo": True}, 501, "echo", "echo: the tokens of a source have no log-probabilities"),
         ({"prompt": "Hi.", "min_tokens": 65, "max_tokens": 90}, 413, "min_tokens", "leave room for 64"),
@@ -279,6 +289,7 @@ async def test_a_client_that_leaves_frees_its_slots(served: Served, fields: dict
     async with wire.connect(served.port) as connection:
         await connection.send(wire.request("POST", "/v1/generate", body))
         await until(lambda: served.sample("attnd_running_sequences") > 2)
-    await until(lambda: served.sample("attnd_release_seconds_count") >= 1)
-    assert served.sample("attnd_running_sequences") == served.sample("attnd_queue_inputs") == 0
+    await until(lambda: served.sample("attnd_running_sequences") == 0)
+    assert served.sample("attnd_release_seconds_count") >= 1
+    assert served.sample("attnd_queue_inputs") == 0
     assert (await served.generate(prompt=TEXT))["model"] == "tiny-translation"

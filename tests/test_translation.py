@@ -167,9 +167,18 @@ async def test_a_long_text_is_split_like_a_short_one() -> None:
         await said(script, prompt=" " * (LONG_TO_SPLIT + 1))
 
 
-async def test_leaving_closes_the_generator() -> None:
+async def test_prompts_that_are_sentences_are_asked_for_as_they_are() -> None:
+    request = GenerateRequest(prompt=["A word.", [3, 4], "B word."], n=2)
+    script = Script([Token(5, 1, "x"), Finish(5, "length", " y")])
+    events = [event async for event in translate(script, request, Call("id", "/", time.monotonic() + 10))]
+    assert script.asked is request
+    assert events == [START, Token(5, 1, "x"), Finish(5, "length", " y"), END]
+
+
+@pytest.mark.parametrize("prompt", ["Hi.", "Hi. Ho."])
+async def test_leaving_closes_the_generator(prompt: str) -> None:
     script = Script([Token(0, 1, "a"), Finish(0, "stop")])
-    events = translate(script, GenerateRequest(prompt=("Hi.",)), Call("id", "/", time.monotonic() + 10))
+    events = translate(script, GenerateRequest(prompt=prompt), Call("id", "/", time.monotonic() + 10))
     assert await anext(events) == START
     await events.aclose()
     assert script.is_closed

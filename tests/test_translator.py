@@ -1,6 +1,7 @@
 """service.worker.generation.translator: the reference's logits, and equal bits whatever neighbours and slot."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,18 @@ def test_the_number_of_threads_does_not_change_a_bit(bundles: dict[str, Path]) -
     for name, directory in bundles.items():
         one, two = (translated(engine_of(directory, threads=threads), [3, 5]) for threads in (1, 2))
         np.testing.assert_array_equal(one, two, err_msg=name)
+
+
+def test_twins_do_not_disturb_each_other_in_turn_or_at_the_same_time(bundles: dict[str, Path]) -> None:
+    one = engine_of(bundles["int8"])
+    twin, rows = one.twin(), ([0, 1, 2], [5, 3, 4])
+    expected = [translated(one, each) for each in rows]
+    begun = [read(one, slot, source_of(row)) for slot, row in enumerate(rows[0])]
+    assert np.array_equal(translated(twin, rows[1]), expected[1])
+    assert np.array_equal(steps(one, begun, [LENGTHS[row] for row in rows[0]]), expected[0])
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(5):
+            assert np.array_equal(list(threads.map(translated, (one, twin), rows)), expected)
 
 
 def test_a_source_is_forgotten_when_another_is_read(engine: TranslatorEngine) -> None:

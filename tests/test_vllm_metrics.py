@@ -126,8 +126,8 @@ def test_histograms_sum_over_routes_and_hold_what_ended_well(metrics: Metrics) -
 
 def test_all_gaps_count(metrics: Metrics) -> None:
     end(metrics, "/a", "cancelled", 1.0)
-    metrics.token_gap("m").observe(0.02)
-    metrics.token_gap("m").observe(0.5)
+    metrics.token_gap.labels("m").observe(0.02)
+    metrics.token_gap.labels("m").observe(0.5)
     assert value(metrics, "vllm:inter_token_latency_seconds_sum", **OWN) == 0.52
     assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="0.025", **OWN) == 1
 

@@ -49,14 +49,14 @@ class Progress:
     started: float | None = None
     first_token: float | None = None
     finished: float | None = None
-    num_untold: int = 0  # tokens that were written and are not told one by one
-    untold_gaps: list[float] = field(default_factory=list)  # seconds between those of an output
+    untold_gaps: list[float | None] = field(default_factory=list)  # of tokens that are not told one by one
 
     def leave_untold(self, gap: float | None) -> None:
-        """A token was written of which there is no event, so long after that before it."""
-        self.num_untold += 1
-        if gap is not None:
-            self.untold_gaps.append(gap)
+        """A token was written of which there is no event, so many seconds after the one before it in its output.
+
+        Several threads may say so at once.
+        """
+        self.untold_gaps.append(gap)
 
     def timing(self, now: float) -> Timing:
         """The stage that was under way at `now` gets the time until then; stages never reached get 0."""

@@ -91,7 +91,7 @@ class RemoteBackend:
 
     async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
         """Another worker is tried until one has sent an event, never after: it would begin another text."""
-        message = generate.request_bytes(request)
+        message = generate.request_bytes(request, wants_tokens=call.wants_tokens)
         failures: list[AttndError] = []
         for worker in self._in_order():
             has_begun = False

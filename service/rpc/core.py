@@ -1,8 +1,9 @@
 """The core of gRPC, driven by the event loop: a port that accepts calls, and what can be done with a call.
 
-One thread waits for the core's events and hands them to the loop, as many at once as there are by then. grpc.aio does
-it with four tasks and as many hand-overs a call, for four times the processor time. The binding is the one that
-grpc.server and grpc.aio are written on; it is not a public interface, so nothing else here imports it.
+The loop takes the core's events itself, one after the other, as long as there are any; only when there are none does a
+thread wait for the next one, and then it hands over to the loop again. grpc.aio has four tasks and as many hand-overs
+a call, for five times the processor time. The binding is the one that grpc.server and grpc.aio are written on; it is
+not a public interface, so nothing else here imports it.
 """
 
 import asyncio
@@ -10,17 +11,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from grpc import StatusCode
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 # Calls that the core may hand over before the loop has asked for more.
 NUM_REQUESTED = 16
+# A writer waits once this much of what it wrote is not sent: the caller takes less than it is given.
+MAX_UNSENT_BYTES = 65_536
 _NEVER_S = 1e12  # a deadline further away than this is none
 _NO_FLAGS = 0
 
 Metadata = Sequence[tuple[str, str | bytes]]
+
+Told = TypeVar("Told")
 
 
 class Call:
@@ -34,29 +40,50 @@ class Call:
         left = event.call_details.deadline - time.time()
         self.deadline = None if left > _NEVER_S else self.begun + left
         self._has_begun = False  # to be answered
+        self._unsent: deque[bytes] = deque()
+        self._num_unsent = 0  # bytes
+        self._all_sent = asyncio.Event()
+        self._all_sent.set()
 
-    async def read(self) -> bytes | None:
+    def read(self) -> "asyncio.Future[bytes | None]":
         """The next message, None after the last."""
-        (received,) = await self._done(cygrpc.ReceiveMessageOperation(_NO_FLAGS))
-        message: bytes | None = received.message()
-        return message
+        return self._started((cygrpc.ReceiveMessageOperation(_NO_FLAGS),), lambda done: done[0].message())
 
     async def write(self, message: bytes) -> None:
-        """Send a message; waits while the caller takes none."""
-        await self._done(*self._head(), cygrpc.SendMessageOperation(message, _NO_FLAGS))
+        """Send a message behind those before it; waits while the caller takes none."""
+        self._unsent.append(message)
+        self._num_unsent += len(message)
+        if self._all_sent.is_set():
+            self._all_sent.clear()
+            self._send()
+        if self._num_unsent > MAX_UNSENT_BYTES:
+            await self._all_sent.wait()
 
-    def finish(
+    async def finish(
         self, status: StatusCode, details: str, metadata: Metadata, *, message: bytes | None = None
-    ) -> "asyncio.Future[Any]":
-        """Send the status, after a last message if there is one. The future is done once it is sent."""
+    ) -> None:
+        """Send the status, behind all messages and a last one if there is one; returns once it is sent."""
+        await self._all_sent.wait()
         messages = () if message is None else (cygrpc.SendMessageOperation(message, _NO_FLAGS),)
         end = cygrpc.SendStatusFromServerOperation(tuple(metadata), status.value[0], details.encode(), _NO_FLAGS)
-        return self._done(*self._head(), *messages, end)
+        await self._started((*self._head(), *messages, end), lambda done: None)
 
-    async def left(self) -> bool:
-        """Waits until the call is over; whether it ended by the caller's leaving, or by its deadline."""
-        (closed,) = await self._done(cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
-        return bool(closed.cancelled())
+    def left(self) -> "asyncio.Future[bool]":
+        """Done when the call is over: whether it ended by the caller's leaving, or by its deadline."""
+        return self._started((cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS),), self._over)
+
+    def _over(self, done: Sequence[Any]) -> bool:
+        self._unsent.clear()  # nobody reads it, and soon the core may be gone
+        return bool(done[0].cancelled())
+
+    def _send(self, event: Any = None) -> None:
+        """The next message, as soon as the one before it is sent: of a call's messages the core takes one at a time."""
+        if not self._unsent:
+            self._num_unsent = 0
+            self._all_sent.set()
+            return
+        operation = cygrpc.SendMessageOperation(self._unsent.popleft(), _NO_FLAGS)
+        self._call.start_server_batch((*self._head(), operation), self._send)
 
     def _head(self) -> tuple[Any, ...]:
         if self._has_begun:
@@ -64,13 +91,14 @@ class Call:
         self._has_begun = True
         return (cygrpc.SendInitialMetadataOperation((), _NO_FLAGS),)
 
-    def _done(self, *operations: Any) -> "asyncio.Future[Any]":
-        """Start operations; the future gets them back when all are done."""
-        done = asyncio.get_running_loop().create_future()
+    def _started(self, operations: Sequence[Any], told: Callable[[Sequence[Any]], Told]) -> "asyncio.Future[Told]":
+        """Start operations; the future gets what `told` makes of them when all are done."""
+        done: asyncio.Future[Told] = asyncio.get_running_loop().create_future()
 
         def finished(event: Any) -> None:
+            result = told(event.batch_operations)
             if not done.done():
-                done.set_result(event.batch_operations)
+                done.set_result(result)
 
         self._call.start_server_batch(operations, finished)
         return done
@@ -85,9 +113,9 @@ class Port:
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(tuple(options), False)
         self._server.register_completion_queue(self._queue)
-        self._events: deque[Any] = deque()
-        self._is_told = False  # the loop knows that there are events
+        self._turns: SimpleQueue[None] = SimpleQueue()  # an item: the thread is to wait for events again
         self._is_stopping = False
+        self._is_closing = False
         self._stopped = self._loop.create_future()
         self._thread = threading.Thread(target=self._wait, name="grpc", daemon=True)
 
@@ -113,6 +141,8 @@ class Port:
         """After `stop`, once nothing uses a call any more: the core would end the process."""
         self._server.destroy()
         self._queue.shutdown()
+        self._is_closing = True
+        self._turns.put(None)
         self._thread.join()  # at once: no event is to come any more
 
     def _request(self) -> None:
@@ -127,20 +157,27 @@ class Port:
     # --- the thread
 
     def _wait(self) -> None:
-        while True:
-            event = self._queue.poll()
-            if event.tag is None:  # the queue was shut down
-                return
-            self._events.append(event)
+        while (event := self._queue.poll()).tag is not None:  # None: the queue was shut down
+            self._loop.call_soon_threadsafe(self._take, event)
             event = None  # the last reference to a call must not be held while waiting
-            if not self._is_told:
-                self._is_told = True
-                self._loop.call_soon_threadsafe(self._take)
+            if not self._is_closing:
+                self._turns.get()
 
     # --- the loop again
 
-    def _take(self) -> None:
-        self._is_told = False
-        while self._events:
-            event = self._events.popleft()
+    def _take(self, event: Any) -> None:
+        """Handle an event and those behind it, and look once more when the loop has come round.
+
+        Much of what is started meanwhile is done by then, and need not wake the thread.
+        """
+        while event.tag is not None:  # None: there is none now
             event.tag(event)
+            event = self._queue.poll(deadline=0)
+        self._loop.call_soon(self._take_more)
+
+    def _take_more(self) -> None:
+        event = self._queue.poll(deadline=0)
+        if event.tag is None:
+            self._turns.put(None)
+        else:
+            self._take(event)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from service.config import Settings
@@ -98,7 +99,8 @@ class Inference:
     async def generate(self, received: Received, context: Context) -> AsyncGenerator[bytes, None]:
         """The events of a generation, in one message those that came together."""
         call = self._call(context, context.request_id, context.begun)
-        request = self._understood(received, context, call, generate.parse_request)
+        request, wants_tokens = self._understood(received, context, call, generate.parse_request)
+        call = replace(call, wants_tokens=wants_tokens)
         async with aclosing(together(self._backend.generate(request, call))) as steps:
             async for events in steps:
                 yield generate.events_bytes(events)

@@ -42,7 +42,7 @@ class RpcServer:
     def __init__(self, backend: Observed, settings: Settings) -> None:
         self._settings = settings
         self._reading: set[asyncio.Task[Any]] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[Any]] = set()
         self._health = health.Health(backend, frozenset({inference.SERVICE}))
         services = (inference.SERVICE, health.SERVICE, *reflection.SERVICES)
         self._methods: Methods = {
@@ -82,10 +82,11 @@ class RpcServer:
 
     def _accept(self, call: Call) -> None:
         """Answer in a task, which a caller that leaves cancels."""
-        answering = asyncio.create_task(self._answer(call))
-        for task in (answering, asyncio.create_task(_watch(call, answering))):
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        answering, left = asyncio.create_task(self._answer(call)), call.left()
+        left.add_done_callback(lambda left: left.result() and answering.cancel())
+        for each in (answering, left):
+            self._tasks.add(each)
+            each.add_done_callback(self._tasks.discard)
 
     async def _answer(self, call: Call) -> None:
         method = self._methods.get(call.path)
@@ -130,11 +131,6 @@ class RpcServer:
             raise Unavailable("the server is draining", code="draining") from None
         finally:
             self._reading.discard(task)
-
-
-async def _watch(call: Call, answering: asyncio.Task[None]) -> None:
-    if await call.left():
-        answering.cancel()
 
 
 async def _fail(call: Call, context: Context, error: Exception) -> None:

@@ -1,8 +1,7 @@
 """From settings to served models: finds the bundles, checks them, opens their engines, warms them up."""
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from service.config import Settings
@@ -25,6 +24,7 @@ _log = logging.getLogger("attnd.load")
 SHIPPED = Path(__file__).parents[2] / "model" / "zoo"
 MANIFEST = "manifest.json"
 CHAT = "chat"  # the shipped model whose graph other weights can be bound to
+MAX_BATCH = {"generation": 16, "translation": 32}  # with more a translation's step costs as much a row as with these
 
 
 def shipped_bundles() -> dict[str, Path]:
@@ -101,27 +101,34 @@ def _open_classifier(bundle: Bundle, settings: Settings, metrics: Metrics) -> Cl
 
 
 def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Generator:
-    """One thread takes steps, and a chat's step computes on all threads: steps follow one another, inputs need not.
+    """A chat's steps follow one another, and each computes on all threads. A translation's are taken by every thread.
 
+    Such a step, a chat's twentieth, is over before a second thread has woken, and what it reads is no other's prefix.
     Where a classifier is served in the same process its threads compete with these for the same cores, and the system
     shares them out; a classifier's runs are short, so that a step then takes longer by a few of them.
     """
+    is_chat = bundle.manifest.task == "generation"
+    threads = settings.threads or available_threads()
+    max_rows = settings.max_batch or MAX_BATCH[bundle.manifest.task]
     plan = divide(
         kv_budget(settings.kv_cache_bytes, available_memory()),
+        num_lanes=1 if is_chat else threads,
         bytes_per_token=kv_bytes_per_token(bundle),
         max_tokens=bundle.manifest.limits.max_tokens,
-        max_rows=settings.max_batch,
-        has_prefixes=settings.prefix_cache and bundle.manifest.task == "generation",
+        max_rows=max_rows,
+        has_prefixes=settings.prefix_cache and is_chat,
     )
-    engine = _engine(bundle, plan, settings)
-    engine.warm_up()
-    if plan.max_rows < settings.max_batch:
+    open_engines = _decoder if is_chat else _translators
+    engines = open_engines(bundle, plan, settings, threads=threads)
+    for engine in engines:
+        engine.warm_up()
+    if plan.max_rows < max_rows:
         _log.warning("%s: keys and values of %d outputs fit, not of max_batch", bundle.manifest.id, plan.max_rows)
     return Generator(
         bundle,
-        engine,
+        engines,
         metrics,
-        vocab_size=engine.vocab_size,
+        vocab_size=engines[0].vocab_size,
         max_rows=plan.max_rows,
         max_waiting=settings.max_queue_outputs,
         num_blocks=plan.num_blocks,
@@ -136,17 +143,26 @@ def _attending(bundle: Bundle, settings: Settings) -> Attending | None:
     return Attending(bundle, max_bytes=settings.max_attention_bytes)
 
 
-def _engine(bundle: Bundle, plan: KvPlan, settings: Settings) -> DecoderEngine | TranslatorEngine:
-    """A translation's step, a chat's twentieth, is over before a second thread has woken: it computes on one."""
-    opening: Callable[..., DecoderEngine | TranslatorEngine] = TranslatorEngine
-    threads = 1
-    if bundle.manifest.task == "generation":
-        opening, threads = partial(DecoderEngine, num_blocks=plan.num_blocks), available_threads()
-    return opening(
+def _decoder(bundle: Bundle, plan: KvPlan, settings: Settings, *, threads: int) -> list[DecoderEngine]:
+    engine = DecoderEngine(
         bundle,
         num_slots=plan.num_slots,
-        threads=settings.threads or threads,
+        num_blocks=plan.num_blocks,
+        threads=threads,
         provider=settings.provider,
         fallback=settings.provider_fallback,
         spin=True,  # a chat's step has some 300 nodes, most of them short: two thirds of the time with one row
     )
+    return [engine]
+
+
+def _translators(bundle: Bundle, plan: KvPlan, settings: Settings, *, threads: int) -> list[TranslatorEngine]:
+    """One for each of `threads`, each of which computes its own steps."""
+    engine = TranslatorEngine(
+        bundle,
+        num_slots=plan.num_slots,
+        threads=1,
+        provider=settings.provider,
+        fallback=settings.provider_fallback,
+    )
+    return [engine, *(engine.twin() for _ in range(threads - 1))]

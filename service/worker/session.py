@@ -32,7 +32,7 @@ class Session:
 
     Raises BundleError if the graph cannot be loaded or is not what `spec` says, ConfigError if `provider` is not
     available and `fallback` (to the CPU) is not allowed. `seven_bits`: no int8 weight of the graph is beyond -64 to 63.
-    `arena`: keep the memory of a run for the next, for graphs whose inputs are small and come in few shapes.
+    `arena`: keep the memory of a run for the next, as much as the largest took; for graphs whose inputs are bounded.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ def _options(threads: int, *, spin: bool, saturates: bool, arena: bool = False) 
     # In the graph's own order. By default what only leads to a second output runs last, and all layers' attention
     # weights are kept until then (measured: a fifth more time for 512 tokens, in fresh memory).
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    # The arena and the memory plans grow with every new shape, and packed batches are of all shapes. Without an arena,
-    # though, the system takes back what a run has freed and hands out new pages in the next.
+    # Memory plans are kept for every new shape, and packed batches are of all shapes. The arena keeps what the largest
+    # run took; without it the system takes back what a run has freed and hands out new pages in the next.
     options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = False
     return options

@@ -42,8 +42,11 @@ _REASONS: dict[FinishReason, pb.FinishReason] = {"stop": pb.FINISH_REASON_STOP, 
 _REASON_NAMES = {int(number): name for name, number in _REASONS.items()}
 
 
-def encode_request(request: GenerateRequest) -> pb.GenerateRequest:
-    """Raises InvalidRequest for what no message can carry: lone surrogates, token ids of more than 32 bits."""
+def encode_request(request: GenerateRequest, *, wants_tokens: bool = True) -> pb.GenerateRequest:
+    """`wants_tokens` is the Call's.
+
+    Raises InvalidRequest for what no message can carry: lone surrogates, token ids of more than 32 bits.
+    """
     try:
         return pb.GenerateRequest(
             prompts=[_encode_prompt(prompt) for prompt in request.prompt or ()],
@@ -53,6 +56,7 @@ def encode_request(request: GenerateRequest) -> pb.GenerateRequest:
             logit_bias=_in_range(request.logit_bias, "logit_bias"),
             stop=request.stop,
             stop_token_ids=_in_range(request.stop_token_ids, "stop_token_ids"),
+            wants_tokens=wants_tokens,
             **{name: getattr(request, name) for name in _SCALARS},
         )
     except UnicodeEncodeError as error:
@@ -107,14 +111,18 @@ def _decode_prompt(message: pb.Prompt, at: int) -> str | tuple[int, ...]:
     return message.text if kind == "text" else tuple(message.token_ids.ids)
 
 
-def request_bytes(request: GenerateRequest) -> bytes:
-    """The message of a Generate call. Raises InvalidRequest."""
-    return encode_request(request).SerializeToString()
+def request_bytes(request: GenerateRequest, *, wants_tokens: bool = True) -> bytes:
+    """The message of a Generate call; `wants_tokens` is the Call's. Raises InvalidRequest."""
+    return encode_request(request, wants_tokens=wants_tokens).SerializeToString()
 
 
-def parse_request(data: bytes) -> GenerateRequest:
-    """The request of a Generate call. Raises InvalidRequest, also when `data` is no such message."""
-    return decode_request(received(pb.GenerateRequest, data))
+def parse_request(data: bytes) -> tuple[GenerateRequest, bool]:
+    """The request of a Generate call, and whether it wants tokens, as unless it says no.
+
+    Raises InvalidRequest, also when `data` is no such message.
+    """
+    message = received(pb.GenerateRequest, data)
+    return decode_request(message), message.wants_tokens or not message.HasField("wants_tokens")
 
 
 def encode_event(event: Event) -> pb.GenerateEvent:

@@ -65,6 +65,7 @@ class ClassificationEngine:
             fallback=fallback,
             spin=spin,
             seven_bits=True,  # as model.quantize makes them
+            arena=True,  # batches are bounded, so what the largest one takes is too
         )
 
     def logits(self, batch: Sequence[Tokens]) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ Knows no slot, no queue and no neighbour. Row i of K holds beam i, and its K/V; 
 be given a copy of what is there. The rules are those of model.search, which the tests compare this with.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from service.domain import Event, GenerateRequest, TokenLogprob
 from service.errors import InvalidRequest, TooLarge
 from service.worker.generation.output import Output
-from service.worker.generation.sampling import greatest_of, logprobs
+from service.worker.generation.sampling import likeliest, log_sums
 
 Logits = NDArray[np.float32]
 Written = tuple[int, TokenLogprob | None]  # a token, and what the request wants to know of it
@@ -55,8 +56,8 @@ class BeamSearch:
     """The `num_beams` best continuations of one prompt.
 
     A step takes the best continuations of all beams: of the first K those that end are finished, and the K best of the
-    others live on. It is over with K finished ones, or at `max_tokens`, when those that live count as finished. They
-    are ranked by log p / n^length_penalty, where n is the number of tokens, the one that ended it included.
+    others live on. It is over with K finished ones, when none lives, or at `max_tokens`, when those that live count as
+    finished. They are ranked by log p / n^length_penalty; the n tokens include the one that ended it.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class BeamSearch:
 
     @property
     def is_finished(self) -> bool:
-        return len(self._finished) >= self._num_beams or self._num_tokens == self._max_tokens
+        is_cut = self._num_tokens == self._max_tokens
+        return is_cut or len(self._finished) >= self._num_beams or not any(self._rows)
 
     @property
     def best(self) -> list[Beam]:
@@ -110,27 +112,36 @@ class BeamSearch:
         self._rows = placed(beams, self._num_beams)
 
     def _candidates(self, logits: Sequence[Logits]) -> list[Candidate]:
-        """The best first; of equal ones that of the first row."""
-        found = [
-            (beam.total + logprob, at, token)
-            for at, (beam, own) in enumerate(zip(self._rows, logits, strict=True))
-            if beam is not None
-            for token, logprob in self._likeliest(own)
-        ]
-        return sorted(found, key=lambda one: -one[0])
-
-    def _likeliest(self, logits: Logits) -> list[tuple[int, float]]:
-        """Tokens and their log-probabilities: as many that do not end as there are beams, and those between them."""
-        greatest_of(logits)
-        _, top = logprobs(logits, 0, self._num_beams + len(self._end_ids))
+        """The best first: as many that do not end as there are beams, and those between them. None is impossible."""
+        living = [(at, beam) for at, beam in enumerate(self._rows) if beam is not None]
+        block = np.array([logits[at] for at, _ in living])
+        count = self._num_beams + len(living) * len(self._end_ids)  # each of them may end in each way
         may_end = self._num_tokens > self._min_tokens
-        return [(token, logprob) for token, logprob in top if may_end or token not in self._end_ids]
+        return [
+            (total, living[row][0], token)
+            for total, row, token in likeliest_of_rows(block, [beam.total for _, beam in living], count)
+            if total > -math.inf and (may_end or token not in self._end_ids)
+        ]
 
     def _continued(self, candidate: Candidate, logits: Sequence[Logits]) -> Beam:
         total, row, token = candidate
         beam = self._rows[row]
         assert beam is not None
         return Beam((*beam.written, (token, self._describe(logits[row], token))), total, row)
+
+
+def likeliest_of_rows(logits: Logits, totals: Sequence[float], count: int) -> list[Candidate]:
+    """The `count` greatest sums of a row's total and a token's log-probability, from (rows, vocabulary), in order.
+
+    Of equal ones that of the first row comes first, and of its lowest token. The cut is made in float32, of all rows at
+    once. Raises EngineFailed.
+    """
+    before = np.array(totals) - log_sums(logits)  # what a row's logits are added to
+    scores = (logits + (before - before.max()).astype(np.float32)[:, None]).ravel()
+    rows, tokens = np.divmod(likeliest(scores, min(count, len(scores))), logits.shape[1])
+    sums = before[rows] + logits[rows, tokens]
+    found = zip(sums.tolist(), rows.tolist(), tokens.tolist(), strict=True)
+    return sorted(found, key=lambda one: -one[0])
 
 
 def placed(beams: Sequence[Beam], num_rows: int) -> list[Beam | None]:

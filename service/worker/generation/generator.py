@@ -1,6 +1,6 @@
-"""One served generation model: admission, prompts, the engine loop, events.
+"""One served generation model: admission, prompts, the engine loops, events.
 
-Everything here runs on the asyncio thread, except what the engine thread calls and the reading of long prompts (a
+Everything here runs on the asyncio thread, except what the engine threads call and the reading of long prompts (a
 worker thread). A request that is left, in whatever way, is closed in `generate`'s finally, and nowhere else.
 """
 
@@ -26,6 +26,7 @@ from service.metrics import Metrics
 from service.worker.bundle import Bundle
 from service.worker.generation.attend import Attending
 from service.worker.generation.beam_search import check_beams
+from service.worker.generation.lanes import Lanes
 from service.worker.generation.loop import Done, Engine, Events, GenerationLoop
 from service.worker.generation.outputs import Outputs, num_places
 from service.worker.generation.prefix_cache import CHUNK
@@ -51,7 +52,7 @@ class Generator:
     def __init__(
         self,
         bundle: Bundle,
-        engine: Engine,
+        engines: Several[Engine],
         metrics: Metrics,
         *,
         vocab_size: int,
@@ -60,7 +61,10 @@ class Generator:
         num_blocks: int,
         attending: Attending | None = None,
     ) -> None:
-        """`attending` None: the model's attention cannot be told."""
+        """Each engine takes steps of up to `max_rows` rows, beside the others and of outputs of its own.
+
+        `attending` None: the model's attention cannot be told.
+        """
         manifest = bundle.manifest
         assert manifest.generation is not None
         self.info = ModelInfo(manifest.id, manifest.task, manifest.created, manifest.facts())
@@ -76,27 +80,32 @@ class Generator:
         )
         self._metrics = metrics
         self._max_rows = max_rows
+        self._num_rows = len(engines) * max_rows
         self._max_waiting = max_waiting
         self._num_blocks = num_blocks
-        self._kv_capacity = slots_for(max_rows) * self._prompts.max_length + num_blocks * CHUNK
+        self._kv_capacity = len(engines) * (slots_for(max_rows) * self._prompts.max_length + num_blocks * CHUNK)
         self._output_seconds = 0.0  # from slot to end lately, for Retry-After
         self._open: dict[Job, Reader] = {}
         self._failure: BaseException | None = None
-        self._loop = GenerationLoop(
-            engine,
-            Scheduler(max_rows=max_rows, max_waiting=max_waiting, num_blocks=num_blocks),
-            tell=self._tell_from_thread,
-            publish=self._publish,
-            died=self._died_in_thread,
-            name=manifest.id,
-        )
+        loops = [
+            GenerationLoop(
+                engine,
+                Scheduler(max_rows=max_rows, num_blocks=num_blocks),
+                tell=self._tell_from_thread,
+                publish=self._publish,
+                died=self._died_in_thread,
+                name=f"{manifest.id}-{lane}",
+            )
+            for lane, engine in enumerate(engines)
+        ]
+        self._lanes = Lanes(loops, max_waiting=max_waiting)
 
     def start(self) -> None:
         self._asyncio = asyncio.get_running_loop()
-        loop, name = self._loop, self.info.id
-        self._metrics.set_load(name, waiting=lambda: loop.num_waiting, running=lambda: loop.num_running)
-        self._metrics.set_kv(name, lambda: (loop.num_kept_tokens, self._kv_capacity), block_tokens=CHUNK)
-        self._loop.start()
+        lanes, name = self._lanes, self.info.id
+        self._metrics.set_load(name, waiting=lambda: lanes.num_waiting, running=lambda: lanes.num_running)
+        self._metrics.set_kv(name, lambda: (lanes.num_kept_tokens, self._kv_capacity), block_tokens=CHUNK)
+        lanes.start()
 
     @property
     def is_alive(self) -> bool:
@@ -112,7 +121,7 @@ class Generator:
             prompts = await self._read(request)
             sequences = self._outputs.sequences(request, job, prompts)
             call.progress.tokenized = time.monotonic()
-            self._loop.add(sequences)
+            self._lanes.add(job, sequences)
             event = await self._next(reader)
             yield Start(self.info.id, sum(len(prompt.ids) for prompt in prompts))
             while True:
@@ -121,6 +130,7 @@ class Generator:
                 if not num_missing:
                     break
                 event = await self._next(reader)
+            call.progress.finished = max(sequence.written for sequence in sequences)
             yield End(_usage(prompts, sequences), call.progress.generate_timing(time.monotonic()))
         finally:
             alarm.cancel()
@@ -138,7 +148,7 @@ class Generator:
         if job.num_places > self._max_waiting:
             raise self._too_many(request, job)
         try:
-            self._loop.admit(job)
+            self._lanes.admit(job)
         except Overloaded as error:
             error.retry_after_s = self._seconds_of_work()
             raise
@@ -155,7 +165,7 @@ class Generator:
 
     def _seconds_of_work(self) -> float:
         """How long what waits now will wait for a slot, between 0.1 and 30 seconds."""
-        seconds = self._output_seconds * self._loop.num_waiting / self._max_rows
+        seconds = self._output_seconds * self._lanes.num_waiting / self._num_rows
         return min(30.0, max(0.1, seconds)) if seconds else 1.0
 
     async def _read(self, request: GenerateRequest) -> list[Prompt]:
@@ -172,7 +182,7 @@ class Generator:
     def _close(self, job: Job, *, is_abandoned: bool = False) -> None:
         if self._open.pop(job, None) is not None and is_abandoned:
             job.closed_at = time.monotonic()
-        self._loop.close(job)
+        self._lanes.close(job)
 
     def _expired(self, job: Job) -> DeadlineExceeded:
         return DeadlineExceeded(f"the deadline passed after {time.monotonic() - job.progress.begun:.3f} s")
@@ -185,7 +195,7 @@ class Generator:
             reader.events.put_nowait(error)
             self._close(job)
 
-    # --- engine thread
+    # --- engine threads
 
     def _tell_from_thread(self, events: Events) -> None:
         self._asyncio.call_soon_threadsafe(self._tell, events)
@@ -197,7 +207,7 @@ class Generator:
         for sequence in done.failed:
             error = EngineFailed(f"the engine failed on output {sequence.index}")
             self._asyncio.call_soon_threadsafe(self._fail, sequence.job, error)
-        for seconds in done.slot_seconds:
+        for seconds in done.slot_seconds:  # an estimate: lanes may overwrite what the other has just learned
             self._output_seconds = 0.9 * self._output_seconds + 0.1 * seconds if self._output_seconds else seconds
         self._count(done)
 
@@ -237,7 +247,7 @@ class Generator:
     # --- the end
 
     async def aclose(self, timeout_s: float) -> None:
-        """Wait up to `timeout_s` seconds for open requests, fail those that remain, end the engine thread."""
+        """Wait up to `timeout_s` seconds for open requests, fail those that remain, end the engine threads."""
         leaving = [asyncio.ensure_future(reader.left.wait()) for reader in self._open.values()]
         if leaving:
             _, staying = await asyncio.wait(leaving, timeout=timeout_s)
@@ -247,7 +257,7 @@ class Generator:
             self._fail(job, Unavailable("the server is stopping", code="draining"))
         if self.attending is not None:
             await self.attending.aclose(timeout_s)
-        await asyncio.to_thread(self._loop.stop)
+        await asyncio.to_thread(self._lanes.stop)
 
 
 def _usage(prompts: Several[Prompt], sequences: Several[Sequence]) -> GenerateUsage:

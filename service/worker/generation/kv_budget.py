@@ -12,7 +12,10 @@ PREFIX_SHARE = 4  # one part in so many is for prefixes, and whatever the sequen
 
 @dataclass(frozen=True, slots=True)
 class KvPlan:
-    """`max_rows` sequences at once, in `num_slots` slots of the model's full length, and `num_blocks` of prefixes."""
+    """`max_rows` sequences at once, in `num_slots` slots of the model's full length, and `num_blocks` of prefixes.
+
+    Of one lane, if there are several.
+    """
 
     max_rows: int
     num_slots: int
@@ -29,18 +32,22 @@ def kv_budget(wanted: int, available: int | None) -> int:
     return wanted
 
 
-def divide(budget: int, *, bytes_per_token: int, max_tokens: int, max_rows: int, has_prefixes: bool) -> KvPlan:
-    """At most `max_rows` sequences of `max_tokens` in `budget` bytes; fewer if it takes that.
+def divide(
+    budget: int, *, num_lanes: int, bytes_per_token: int, max_tokens: int, max_rows: int, has_prefixes: bool
+) -> KvPlan:
+    """In every lane at most `max_rows` sequences of `max_tokens`, in `budget` bytes for all; fewer if it takes that.
 
-    Raises ConfigError if not even one sequence fits.
+    Raises ConfigError if not even one sequence fits in each.
     """
     slot_bytes = max_tokens * bytes_per_token
-    if budget < slot_bytes:
+    if budget < num_lanes * slot_bytes:
+        each = f" in each of {num_lanes} threads" if num_lanes > 1 else ""
         message = (
-            f"kv_cache_bytes: {budget} bytes do not hold one sequence of {max_tokens} tokens, "
-            f"which takes {slot_bytes} ({bytes_per_token} a token)"
+            f"kv_cache_bytes: {budget} bytes do not hold one sequence of {max_tokens} tokens{each}, "
+            f"which takes {num_lanes * slot_bytes} ({bytes_per_token} a token)"
         )
         raise ConfigError(message, param="kv_cache_bytes")
+    budget //= num_lanes
     for_slots = max(slot_bytes, budget - budget // PREFIX_SHARE) if has_prefixes else budget
     fitting = for_slots // slot_bytes
     rows = max(1, min(max_rows, fitting - 1))

@@ -1,8 +1,9 @@
-"""The engine loop of one generation model: in a thread, steps from the scheduler are executed.
+"""The engine loop of a generation model, or one of its lanes: in a thread, steps from the scheduler are executed.
 
 The asyncio thread adds work; a step's events go back through `tell` for prompts, as soon as they are read, for a first
 token need not wait until the rows are done, and through `publish` for all others. The lock around the scheduler is all
-that both threads share.
+that both threads share. A job's progress is marked by all lanes that its outputs are in, without a lock: where two find
+nothing there, the later mark stays, and both are of about that time.
 """
 
 import logging
@@ -90,11 +91,6 @@ class GenerationLoop:
     def stop(self) -> None:
         """See EngineThreads.stop."""
         self._threads.stop()
-
-    def admit(self, job: Job) -> None:
-        """See Scheduler.admit."""
-        with self._threads.has_work:
-            self._scheduler.admit(job)
 
     def add(self, sequences: Several[Sequence]) -> None:
         with self._threads.has_work:
@@ -234,7 +230,7 @@ class GenerationLoop:
             progress.first_token = now
         if output.num_untold > num_untold:
             progress.leave_untold(now - sequence.written if num_untold else None)
-            sequence.written = now
+        sequence.written = now
         if isinstance(output, BeamOutput):
             for row, (parent, token) in zip(sequence.rows, output.continuations, strict=True):
                 row.last_id = token
@@ -244,9 +240,6 @@ class GenerationLoop:
         if output.is_finished:
             self._scheduler.finish(sequence)
             done.slot_seconds.append(now - sequence.started)
-            sequence.job.num_unfinished -= len(sequence.rows)
-            if sequence.job.num_unfinished == 0:
-                progress.finished = now
 
     def _fail(self, sequences: Several[Sequence], error: Exception | None, done: Done) -> None:
         if error is not None:

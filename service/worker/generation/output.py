@@ -16,12 +16,16 @@ from service.worker.generation.sampling import Sampler, logprobs
 Logits = NDArray[np.float32]
 
 
-class NamesTokens(Protocol):
-    """What a tokenizer knows of single tokens."""
+class Tokenizer(Protocol):
+    """How tokens read: alone, one after another, and all together."""
 
     def token_text(self, token: int) -> str: ...
 
     def token_bytes(self, token: int) -> bytes: ...
+
+    def detokenizer(self) -> Detokenizer: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
 
 
 class Output:
@@ -33,8 +37,7 @@ class Output:
         request: GenerateRequest,
         *,
         sampler: Sampler,
-        detokenizer: Detokenizer,
-        names: NamesTokens,
+        tokenizer: Tokenizer,
         end_ids: Collection[int],
         max_tokens: int,
         wants_tokens: bool,
@@ -42,16 +45,16 @@ class Output:
         """`wants_tokens` False: its text may be told at its end only."""
         self._index = index
         self._sampler = sampler
-        self._detokenizer = detokenizer
+        self._tokenizer = tokenizer
+        is_told = wants_tokens or request.logprobs is not None or bool(request.stop)
+        self._detokenizer = tokenizer.detokenizer() if is_told else None
         self._stops = StopStrings(request.stop)
-        self._names = names
         self._num_top = request.logprobs
         self._min_tokens = request.min_tokens
         self._max_tokens = max_tokens
         self._stop_ids = frozenset(request.stop_token_ids)
         self._end_ids = frozenset(end_ids)
         self._echoed: list[TokenLogprob] = []
-        self._is_told = wants_tokens or request.logprobs is not None or bool(request.stop)
         self._untold: list[int] = []  # tokens that its end will tell the text of
         self.num_tokens = 0  # written, the one that ended it included
         self.last_id = -1
@@ -78,7 +81,7 @@ class Output:
         """One more token, from its one row of (vocabulary,). Raises EngineFailed if they are not finite."""
         (logits,) = rows
         token = self._sampler.sample(logits)
-        return self.say(token, self.logprob(logits, token))
+        return self.say(token, None if self._num_top is None else self._logprob(logits, token))
 
     def say(self, token: int, logprob: TokenLogprob | None) -> Sequence[Event]:
         """One more token, whoever chose it."""
@@ -88,7 +91,7 @@ class Output:
             return (self._end("stop", token),)
         if token in self._end_ids:
             return (self._end("stop"),)
-        return self._show(token, logprob) if self._is_told else self._keep(token)
+        return self._keep(token) if self._detokenizer is None else self._show(token, logprob, self._detokenizer)
 
     def logprob(self, logits: Logits, token: int) -> TokenLogprob | None:
         """What the request wants to know of a token, from (vocabulary,)."""
@@ -98,8 +101,8 @@ class Output:
         self._untold.append(token)
         return (self._end("length"),) if self.num_tokens >= self._max_tokens else ()
 
-    def _show(self, token: int, logprob: TokenLogprob | None) -> Sequence[Event]:
-        text, stop = self._detokenizer.add(token), None
+    def _show(self, token: int, logprob: TokenLogprob | None, detokenizer: Detokenizer) -> Sequence[Event]:
+        text, stop = detokenizer.add(token), None
         if self.num_tokens >= self._min_tokens:
             text, stop = self._stops.feed(text)
         shown = Token(self._index, token, text, logprob)
@@ -111,7 +114,9 @@ class Output:
     def _end(self, reason: FinishReason, stop: int | None = None) -> Finish:
         """The end, with all text that was held back; which may complete a stop string still."""
         self.is_finished = True
-        text, matched = self._stops.feed(self._detokenizer.add(*self._untold) + self._detokenizer.flush())
+        if self._detokenizer is None:
+            return Finish(self._index, reason, self._tokenizer.decode(self._untold), stop)
+        text, matched = self._stops.feed(self._detokenizer.flush())
         if matched is not None:
             return Finish(self._index, "stop", text, matched)
         return Finish(self._index, reason, text + self._stops.flush(), stop)
@@ -121,4 +126,4 @@ class Output:
         return self._named(token, own, tuple(self._named(one, value) for one, value in top))
 
     def _named(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        return TokenLogprob(token, self._names.token_text(token), self._names.token_bytes(token), logprob, top)
+        return TokenLogprob(token, self._tokenizer.token_text(token), self._tokenizer.token_bytes(token), logprob, top)

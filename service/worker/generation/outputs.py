@@ -1,6 +1,6 @@
 """From a request and its prompts to the outputs that answer it, as sequences for the engine loop."""
 
-import secrets
+import random
 from collections.abc import Sequence as Several
 
 from service.domain import GenerateRequest
@@ -41,7 +41,7 @@ class Outputs:
 
         With a seed, an output depends on its prompt and its place among those of the prompt.
         """
-        seed = secrets.randbits(63) if request.seed is None else request.seed
+        seed = random.getrandbits(63) if request.seed is None else request.seed
         return [sequence for prompt in prompts for sequence in self._of_prompt(request, job, prompt, seed)]
 
     def _of_prompt(self, request: GenerateRequest, job: Job, prompt: Prompt, seed: int) -> list[Sequence]:
@@ -69,8 +69,7 @@ class Outputs:
             index,
             request,
             sampler=sampler,
-            detokenizer=self._tokenizer.detokenizer(),
-            names=self._tokenizer,
+            tokenizer=self._tokenizer,
             end_ids=end_ids,
             max_tokens=self._prompts.room(request, prompt),
             wants_tokens=job.wants_tokens,

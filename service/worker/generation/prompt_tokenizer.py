@@ -56,6 +56,11 @@ class PromptTokenizer:
         """For one output; special tokens are not shown."""
         return Detokenizer(self._decoder, self._shown)
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """A whole text: what a `detokenizer` makes of the same tokens."""
+        text: str = self._tokenizer.decode(tokens)
+        return text
+
     def token_text(self, token: int) -> str:
         """A token alone, as inside of a text; U+FFFD for bytes that are no whole character."""
         return self.token_bytes(token).decode(errors="replace")

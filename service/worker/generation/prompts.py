@@ -14,8 +14,8 @@ from service.worker.generation.sequence import Prompt
 def num_characters(request: GenerateRequest) -> int:
     """Of text to tokenize."""
     if request.messages is not None:
-        return sum(len(message.content) for message in request.messages)
-    return sum(len(prompt) for prompt in request.prompt or () if isinstance(prompt, str))
+        return sum([len(message.content) for message in request.messages])
+    return sum([len(prompt) for prompt in request.prompt or () if isinstance(prompt, str)])
 
 
 class PromptReader:

@@ -21,6 +21,7 @@ COLDEST = 1e-5  # temperatures below are 0: their reciprocal is no use in float3
 FIRST_PIVOT = 1e-3  # of the likeliest token's probability: most nuclei lie above
 SORTED_AT_ONCE = 512
 PIECE, SMALL_PIECE = 256, 64  # of a vocabulary
+NOT_FINITE = "the model gave logits that are not finite"
 
 
 def check_token_ids(request: GenerateRequest, vocab_size: int) -> None:
@@ -123,7 +124,7 @@ def greatest_of(logits: Logits) -> int:
     """
     token = int(logits.argmax())
     if not math.isfinite(logits[token]):
-        raise EngineFailed("the model gave logits that are not finite")
+        raise EngineFailed(NOT_FINITE)
     return token
 
 
@@ -173,13 +174,14 @@ def likeliest(logits: Logits, count: int) -> Ids:
     """The ids of the `count` greatest logits, in the order of ids; of equal ones the lowest ids.
 
     The count-th greatest of the maxima of pieces is at most the count-th greatest of all, so what is below it can go.
+    A piece is every num_pieces-th of them: so numpy compares whole runs, which is far faster than runs of a piece.
     """
     num_pieces = len(logits) // SMALL_PIECE
     if count > num_pieces:
         return greatest(logits, count)
-    maxima = logits[: num_pieces * SMALL_PIECE].reshape(num_pieces, SMALL_PIECE).max(axis=1)
+    maxima = logits[: num_pieces * SMALL_PIECE].reshape(SMALL_PIECE, num_pieces).max(axis=0)
     ids = np.flatnonzero(logits >= np.partition(maxima, num_pieces - count)[num_pieces - count])
-    return ids[greatest(logits[ids], count)]
+    return ids if len(ids) == count else ids[greatest(logits[ids], count)]
 
 
 def greatest(values: Logits, count: int) -> Ids:
@@ -219,10 +221,22 @@ def middling(weights: Logits) -> np.float32:
     return np.float32(sample[len(sample) // 2])
 
 
+def log_sums(logits: Logits) -> NDArray[np.float64]:
+    """log sum exp over the last axis of (..., vocabulary); a row's is the same bits whatever the other rows are.
+
+    Raises EngineFailed as `greatest_of` does.
+    """
+    greatest = logits.max(axis=-1, keepdims=True)
+    if not np.isfinite(greatest).all():
+        raise EngineFailed(NOT_FINITE)
+    sums = np.exp(logits - greatest).sum(axis=-1)
+    found: NDArray[np.float64] = np.log(sums, dtype=np.float64) + greatest[..., 0]
+    return found
+
+
 def logprobs(logits: Logits, token: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
     """log softmax of (vocabulary,) at `token`, and the `num_top` likeliest tokens with theirs, the likeliest first."""
-    greatest = logits.max()
-    log_sum = float(greatest) + float(np.log(np.exp(logits - greatest).sum(dtype=np.float64)))
+    log_sum = float(log_sums(logits))
     top: Ids = likeliest(logits, min(num_top, len(logits))) if num_top else np.empty(0, np.intp)
     ranked = top[np.argsort(-logits[top], kind="stable")]
     return float(logits[token]) - log_sum, [(int(one), float(logits[one]) - log_sum) for one in ranked]

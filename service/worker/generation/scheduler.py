@@ -22,8 +22,7 @@ from bisect import insort
 from collections.abc import Collection
 from collections.abc import Sequence as Several
 
-from service.errors import Overloaded
-from service.worker.generation.pieces import LEAST, budget_beside, piece
+from service.worker.generation.pieces import LEAST, budget_beside, cost, piece
 from service.worker.generation.prefix_cache import CHUNK, Block, PrefixCache
 from service.worker.generation.sequence import Job, Sequence
 from service.worker.generation.step import Chunk, Move, Restore, Step
@@ -35,11 +34,10 @@ def slots_for(max_rows: int) -> int:
 
 
 class Scheduler:
-    """At most `max_rows` outputs or beams hold a slot; `max_waiting` bounds those admitted that do not yet."""
+    """At most `max_rows` outputs or beams hold a slot."""
 
-    def __init__(self, *, max_rows: int, max_waiting: int, num_blocks: int) -> None:
+    def __init__(self, *, max_rows: int, num_blocks: int) -> None:
         self._max_rows = max_rows
-        self._max_waiting = max_waiting
         self._cache = PrefixCache(num_blocks)
         self._first_block: Block | None = self._cache.root if num_blocks else None
         self._waiting: list[Sequence] = []  # by rank
@@ -48,7 +46,7 @@ class Scheduler:
         self._num_jobs = 0
         self._num_added = 0
         self._num_picked = 0
-        self.num_waiting = 0
+        self.num_waiting = 0  # rows
 
     @property
     def num_running(self) -> int:
@@ -61,33 +59,22 @@ class Scheduler:
 
     # --- from the asyncio thread
 
-    def admit(self, job: Job) -> None:
-        """Take the places that `job` needs, before any work is done for it. Raises Overloaded."""
-        if self.num_waiting + job.num_places > self._max_waiting:
-            message = (
-                f"the queue is full: {self.num_waiting} outputs wait, {job.num_places} more do not fit "
-                f"under the limit of {self._max_waiting}"
-            )
-            raise Overloaded(message)
-        job.num_waiting = job.num_places
-        self.num_waiting += job.num_places
-
     def add(self, sequences: Several[Sequence]) -> None:
-        """Queue the outputs of one admitted job; of a search the beam that leads."""
+        """Queue outputs of one job; of a search the beam that leads."""
         for offset, sequence in enumerate(sequences):
             sequence.rank = (self._num_jobs + offset, self._num_added)
             sequence.num_known = len(self._cache.find(sequence.reusable))
             self._num_added += 1
             if not sequence.job.is_closed:
                 insort(self._waiting, sequence, key=_rank)
+                self.num_waiting += len(sequence.rows)
         self._num_jobs += 1
 
     def close(self, job: Job) -> None:
         """Nobody waits for `job` any more: its places are free now, its slots before the next step."""
         job.is_closed = True
-        self.num_waiting -= job.num_waiting
-        job.num_waiting = 0
-        self._waiting = [one for one in self._waiting if one.job is not job]
+        for one in [one for one in self._waiting if one.job is job]:
+            self._leave_queue(one)
 
     # --- from the engine thread
 
@@ -178,20 +165,25 @@ class Scheduler:
                 passed_over.add(sequence)
                 continue
             plan = self._plan_sources if sequence.prompt.is_whole else self._plan_chunk
-            budget -= plan(sequence, step, budget)
+            if not (spent := plan(sequence, step, budget)):
+                break
+            budget -= spent
             self._num_picked += 1
 
     def _plan_chunk(self, sequence: Sequence, step: Step, budget: int) -> int:
-        """A piece of one prompt. Gives what it costs."""
+        """A piece of one prompt. Gives what it costs; 0: it is too dear for this step, and the next begins with it."""
         start, limit = sequence.next_chunk
-        end, cost = piece(start, limit, budget)
+        end = piece(start, limit, budget)
+        spent = cost(end - start, start)
+        if step.chunks and spent > budget:
+            return 0
         if sequence.slot < 0:
             self._take_slots(sequence, step)
             self._restore(sequence, step)
         sequence.num_computed = end
         forks = self._fork(sequence, step) if sequence.is_prefilled else ()
         step.chunks.append(Chunk(sequence, start, end, forks))
-        return cost
+        return spent
 
     def _plan_sources(self, first: Sequence, step: Step, budget: int) -> int:
         """A source, whatever it costs, and others of its length. Gives what they cost."""
@@ -242,14 +234,16 @@ class Scheduler:
         )
 
     def _take_slots(self, sequence: Sequence, step: Step) -> None:
-        self._waiting.remove(sequence)
+        self._leave_queue(sequence)
         joined = self._rows if sequence.prompt.is_whole else self._prefilling
         for row in sequence.rows:
-            row.job.num_waiting -= 1
-            self.num_waiting -= 1
             row.slot = self._free_slot(len(self._rows))
             joined.append(row)
             step.started.append(row)
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        self.num_waiting -= len(sequence.rows)
 
     def _restore(self, sequence: Sequence, step: Step) -> None:
         """Nothing is evicted between plan and execution: only computed chunks need room, and they come later."""

@@ -17,19 +17,15 @@ class Job:
     """One request's outputs. `num_places`: the rows that they take, one each or one a beam. `wants_tokens`: see Call.
 
     `is_closed` is set once nobody waits for the job any more (answered, failed, cancelled, expired): what is left of it
-    leaves before the next step. `closed_at` is then a `time.monotonic()` instant, if its end should be timed.
+    leaves before the next step. `closed_at` is then a `time.monotonic()` instant, if its end should be timed. The lanes
+    that its outputs are in only read it, but for marks of its progress.
     """
 
     num_places: int
     progress: Progress
     wants_tokens: bool = True
-    num_unfinished: int = field(init=False)  # of the places
-    num_waiting: int = 0  # places admitted that have no slot yet
     is_closed: bool = False
     closed_at: float | None = None
-
-    def __post_init__(self) -> None:
-        self.num_unfinished = self.num_places
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +67,7 @@ class Sequence:
     is_follower: bool = False
     rank: tuple[int, int] = (0, 0)  # the lower, the sooner; unique
     started: float = 0.0  # when it got its slot, a `time.monotonic()` instant
-    written: float = 0.0  # when it got its latest token, if that was not told
+    written: float = 0.0  # when it got its latest token, another such instant
     slot: int = -1
     num_computed: int = 0
     num_known: int = 0  # chunks that the prefix cache had when it was last asked

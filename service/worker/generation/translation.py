@@ -42,17 +42,27 @@ class Text:
     spaces: tuple[str, ...]
 
 
-async def translate(generator: Generates, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+def translate(generator: Generates, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
     """The events of `request`, from a generator that gets its sentences as prompts.
 
-    Raises an AttndError; one about a sentence says which it is.
+    Raises an AttndError, by this call itself or later; one about a sentence says which it is.
     """
     if request.echo:
         raise Unsupported("echo: the tokens of a source have no log-probabilities", param="echo", code="no_echo")
-    is_long = num_characters(request) > LONG_TO_SPLIT
-    texts = await asyncio.to_thread(texts_of, request) if is_long else texts_of(request)
+    texts = None if num_characters(request) > LONG_TO_SPLIT else texts_of(request)
+    if texts is not None and sources_of(texts) == request.prompt:
+        return generator.generate(request, call)  # each is one sentence, and there is nothing to rejoin
+    return _translate_sentences(generator, request, call, texts)
+
+
+async def _translate_sentences(
+    generator: Generates, request: GenerateRequest, call: Call, texts: Sequence[Text] | None
+) -> AsyncGenerator[Event, None]:
+    """`texts` None: it takes long to find them."""
+    if texts is None:
+        texts = await asyncio.to_thread(texts_of, request)
     rejoined = Rejoined(texts, request.n)
-    sentences = replace(request, prompt=tuple(source for text in texts for source in text.sources))
+    sentences = replace(request, prompt=sources_of(texts))
     try:
         async with aclosing(generator.generate(sentences, call)) as events:
             async for event in events:
@@ -78,6 +88,10 @@ def texts_of(request: GenerateRequest) -> list[Text]:
     return texts
 
 
+def sources_of(texts: Sequence[Text]) -> tuple[Source, ...]:
+    return tuple([source for text in texts for source in text.sources])
+
+
 def _text(prompt: Source, most: int) -> Text:
     """Its first `most` sentences."""
     if not isinstance(prompt, str):
@@ -85,8 +99,8 @@ def _text(prompt: Source, most: int) -> Text:
     spans = list(islice(sentence_spans(prompt), most))
     ends = [0, *(end for _, end in spans)]
     starts = [*(start for start, _ in spans), len(prompt)]
-    spaces = tuple(prompt[end:start] for end, start in zip(ends, starts, strict=True))
-    return Text(tuple(prompt[start:end] for start, end in spans), spaces)
+    spaces = tuple([prompt[end:start] for end, start in zip(ends, starts, strict=True)])
+    return Text(tuple([prompt[start:end] for start, end in spans]), spaces)
 
 
 def _named(error: InvalidRequest | TooLarge, texts: Sequence[Text]) -> InvalidRequest | TooLarge:

@@ -7,6 +7,7 @@ No operator mixes rows: a row's logits are the same bits alone and among others,
 """
 
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 
 import numpy as np
@@ -64,7 +65,6 @@ class TranslatorEngine:
         threads: int,
         provider: str = "cpu",
         fallback: bool = False,
-        spin: bool = False,
     ) -> None:
         """Raises BundleError and ConfigError, for instance for a `provider` other than "cpu"."""
         check_provider(provider, fallback=fallback)
@@ -79,15 +79,28 @@ class TranslatorEngine:
         if own.names != cross.names:
             message = f"{own.num_layers} layers have keys and values of their own, {cross.num_layers} of the source"
             raise BundleError(f"{bundle.directory}: {message}")
+        self._shapes = own, cross
         self._names = own.names
         self._encoded = [f"{CROSS}{name}" for name in own.names]
-        opened = partial(Session, threads=threads, spin=spin, seven_bits=True)  # as model.quantize makes them
+        opened = partial(Session, threads=threads, seven_bits=True)  # as model.quantize makes them
         self._encoder = opened(bundle.graph_path(ENCODE), bundle.graph(ENCODE), arena=True)
         self._decoder = opened(bundle.graph_path(DECODE), decode)
-        self._own = KvMemory(own, num_slots=num_slots, max_tokens=self.max_tokens, num_blocks=0)
-        self._cross = KvMemory(cross, num_slots=num_slots, max_tokens=self.max_tokens, num_blocks=0)
-        self._source_ends = np.zeros(num_slots, np.int32)  # the place of each source's last token
-        self._logits = np.empty((num_slots, 1, self.vocab_size), np.float32)
+        self._reserve()
+
+    def twin(self) -> "TranslatorEngine":
+        """Another engine, for another thread, with a memory of its own. The graphs are the same, and in memory once."""
+        twin = copy(self)
+        twin._reserve()
+        return twin
+
+    def _reserve(self) -> None:
+        """Memory for all slots. Raises ConfigError."""
+        self._own, self._cross = (
+            KvMemory(shape, num_slots=self.num_slots, max_tokens=self.max_tokens, num_blocks=0)
+            for shape in self._shapes
+        )
+        self._source_ends = np.zeros(self.num_slots, np.int32)  # the place of each source's last token
+        self._logits = np.empty((self.num_slots, 1, self.vocab_size), np.float32)
         self._steps: dict[tuple[int, int], Step] = {}  # by the slots they are bound to: (first, end)
 
     def encode(self, slots: Sequence[int], sources: Sequence[Sequence[int]]) -> None:

@@ -1,0 +1,208 @@
+"""Lanes: which of them an output goes to, one queue before all, and a generator with several, bit by bit."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import until
+from generations import call, collect, serving
+
+from service.domain import Progress
+from service.errors import EngineFailed, Overloaded, Unavailable
+from service.metrics import Metrics
+from service.worker.bundle import load_bundle
+from service.worker.generation.generator import Generator
+from service.worker.generation.lanes import Lanes
+from service.worker.generation.scheduler import Scheduler, slots_for
+from service.worker.generation.sequence import Job, Prompt, Sequence
+from service.worker.generation.translator import TranslatorEngine
+from service.worker.local import LocalBackend
+
+tiny = pytest.importorskip("tests.tiny_translator", reason="exporting needs torch", exc_type=ImportError)
+
+NOBODY: Any = None  # writes no text
+SOURCES = [[3 + place % 7] * (2 + place % 5) for place in range(20)]
+
+
+class Loop:
+    """A GenerationLoop without a thread: steps are planned when the test says so."""
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler(max_rows=2, num_blocks=0)
+        self.add, self.close = self.scheduler.add, self.scheduler.close
+        self.calls: list[str] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+    @property
+    def num_waiting(self) -> int:
+        return self.scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return self.scheduler.num_running
+
+    @property
+    def num_kept_tokens(self) -> int:
+        return self.scheduler.num_kept_tokens
+
+
+class Machine:
+    def __init__(self, num_lanes: int = 2, *, max_waiting: int = 100) -> None:
+        self.loops = [Loop() for _ in range(num_lanes)]
+        self.lanes = Lanes(self.loops, max_waiting=max_waiting)  # type: ignore[arg-type]
+
+    def add(self, *widths: int) -> list[Sequence]:
+        """One request, of outputs (1) and of searches with so many beams."""
+        job = Job(sum(widths), Progress())
+        self.lanes.admit(job)
+        prompts = [Prompt(index, [5, 6], is_whole=True) for index in range(len(widths))]
+        sequences = [
+            Sequence(job, prompt.index, prompt, NOBODY, num_beams=width)
+            for prompt, width in zip(prompts, widths, strict=True)
+        ]
+        self.lanes.add(job, sequences)
+        return sequences
+
+    def step(self) -> None:
+        for loop in self.loops:
+            loop.scheduler.next_step()
+
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """What waits and what runs in each lane."""
+        return [(loop.num_waiting, loop.num_running) for loop in self.loops]
+
+
+def test_an_output_goes_where_the_fewest_wait_or_run() -> None:
+    machine = Machine(3)
+    machine.add(1, 1, 1, 1)
+    assert machine.held == [(2, 0), (1, 0), (1, 0)]
+    machine.step()
+    machine.add(1)
+    assert machine.held == [(0, 2), (1, 1), (0, 1)]
+
+
+def test_one_request_at_a_time_always_finds_the_first_lane() -> None:
+    machine = Machine()
+    for _ in range(3):
+        (sequence,) = machine.add(1)
+        machine.step()
+        assert machine.held == [(0, 1), (0, 0)]
+        sequence.is_finished = True
+        machine.step()
+
+
+def test_the_beams_of_a_search_stay_together_and_count_as_rows() -> None:
+    machine = Machine()
+    machine.add(2, 1, 1, 2)
+    assert machine.held == [(4, 0), (2, 0)]
+
+
+def test_the_queue_before_all_lanes_is_one() -> None:
+    machine = Machine(max_waiting=6)
+    machine.add(1, 1, 1, 1, 1)
+    with pytest.raises(Overloaded, match="5 outputs wait, 2 more do not fit under the limit of 6"):
+        machine.add(1, 1)
+    machine.step()  # two of each lane get a slot
+    machine.add(1, 1, 1, 1, 1)
+    assert (machine.lanes.num_waiting, machine.lanes.num_running) == (6, 4)
+    assert machine.lanes.num_kept_tokens == 4 * 2
+
+
+def test_places_are_taken_while_prompts_are_read_and_free_once_the_job_is_closed() -> None:
+    machine = Machine(max_waiting=3)
+    coming = Job(2, Progress())
+    machine.lanes.admit(coming)
+    with pytest.raises(Overloaded, match="2 outputs wait"):
+        machine.add(1, 1)
+    for _ in range(2):  # twice changes nothing
+        machine.lanes.close(coming)
+        assert machine.lanes.num_waiting == 0
+    machine.lanes.add(coming, [Sequence(coming, 0, Prompt(0, [5]), NOBODY)])
+    assert machine.lanes.num_waiting == 0
+
+
+def test_what_is_closed_leaves_every_lane() -> None:
+    machine = Machine()
+    (first, *_) = machine.add(*[1] * 7)
+    (other,) = machine.add(1)
+    machine.step()
+    assert machine.held == [(2, 2), (2, 2)]
+    machine.lanes.close(first.job)
+    machine.step()
+    machine.step()
+    assert machine.held == [(0, 0), (0, 1)]
+    assert not other.has_left
+
+
+def test_every_lane_starts_and_stops() -> None:
+    machine = Machine()
+    machine.lanes.start()
+    machine.lanes.stop()
+    assert [loop.calls for loop in machine.loops] == [["start", "stop"]] * 2
+
+
+# --- a generator with several
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.tiny_translation_bundle(tmp_path_factory.mktemp("lanes") / "translation")
+
+
+async def serve(directory: Path, num_lanes: int) -> tuple[LocalBackend, Generator]:
+    bundle = load_bundle(directory)
+    first = TranslatorEngine(bundle, num_slots=slots_for(8), threads=1)
+    engines = [first, *(first.twin() for _ in range(num_lanes - 1))]
+    sizes = {"vocab_size": first.vocab_size, "max_rows": 8, "max_waiting": 200, "num_blocks": 0}
+    generator = Generator(bundle, engines, Metrics((1.0,), {}), **sizes)
+    return await serving(generator), generator
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"n": 2, "temperature": 1.0, "seed": 4}])
+async def test_outputs_are_the_same_bits_in_whatever_lane(bundle: Path, options: dict[str, Any]) -> None:
+    """One request whose outputs are spread, and its like at the same time, so that each is in lanes of all kinds."""
+    found = []
+    for num_lanes in (1, 3):
+        backend, _ = await serve(bundle, num_lanes)
+        asked = {"prompt": SOURCES, "max_tokens": 12, "logprobs": 2, **options}
+        found += await asyncio.gather(*(collect(backend, call(), **asked) for _ in range(2)))
+        await backend.aclose()
+    for other in found[1:]:
+        for index in range(len(SOURCES) * options.get("n", 1)):
+            assert other.tokens(index) == found[0].tokens(index)
+            assert other.finish(index) == found[0].finish(index)
+        assert other.end.usage == found[0].end.usage
+
+
+async def test_a_request_has_ended_with_the_last_of_its_outputs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, generator = await serve(bundle, 2)
+    make, made = generator._outputs.sequences, list[Sequence]()
+    monkeypatch.setattr(generator._outputs, "sequences", lambda *args: made.extend(make(*args)) or made)
+    circumstances = call()
+    timing = (await collect(backend, circumstances, prompt=SOURCES, max_tokens=12)).end.timing
+    await backend.aclose()
+    progress = circumstances.progress
+    assert progress.finished == max(sequence.written for sequence in made) > progress.first_token
+    assert timing.decode_seconds == progress.finished - progress.first_token
+
+
+async def test_a_lane_that_dies_fails_the_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, generator = await serve(bundle, 2)
+
+    def broken(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(generator._lanes._loops[1], "_execute", broken)
+    with pytest.raises(EngineFailed, match="the engine of tiny-translation has failed"):
+        await collect(backend, call(), prompt=SOURCES)
+    await until(lambda: generator._lanes.num_waiting == 0)
+    with pytest.raises(Unavailable):
+        await backend.models()
+    await backend.aclose()
