@@ -24,6 +24,9 @@ from torch import Tensor, nn
 LEVELS = 63  # largest weight
 SMOOTHING = (0.5, 0.65, 0.8, 0.9)  # candidates: how much of a channel's size moves into the weights
 CLIPPING = (1.0, 0.9, 0.8, 0.7)  # candidates: share of the measured range that is kept
+KEPT = [0.9**power for power in range(20)]  # candidates: share of the largest weight that one scale for all can hold
+SILENT = 1e-3  # what share of the largest channel the smallest ones count as, lest they be blown up
+SILENT_TO_ONE_SCALE = 0.05  # the same where a channel that is blown up takes levels from the others
 SAMPLE_EVERY = 4  # of this many rows of activations one is kept
 TRIAL_EVERY = 4  # of this many kept rows one is used to choose among the candidates
 DAMPING = 0.01  # added to the diagonal of the second moments, relative to its mean: some channels never vary
@@ -57,7 +60,7 @@ class Int8Layer:
     scale: float
     zero_point: int
     weight: Tensor  # (inputs, outputs), whole numbers
-    weight_scale: Tensor  # (outputs,)
+    weight_scale: Tensor  # (outputs,), or (1,) for all of them
 
 
 class Range(NamedTuple):
@@ -92,22 +95,22 @@ def token_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in blocks if isinstance(layer, nn.Linear)}
 
 
-def quantize_layer(weight: Tensor, seen: Activations) -> Int8Layer:
-    """weight: (inputs, outputs)."""
-    smooth, chosen = best_smoothing(weight, seen)
+def quantize_layer(weight: Tensor, seen: Activations, *, one_scale: bool = False) -> Int8Layer:
+    """weight: (inputs, outputs). `one_scale`: one for all outputs, for which large weights may be clipped."""
+    smooth, chosen = best_smoothing(weight, seen, SILENT_TO_ONE_SCALE if one_scale else SILENT)
     scaled = weight / smooth[:, None]
-    weight_scale = weight_scales(scaled)
+    weight_scale = clipped_scale(scaled) if one_scale else weight_scales(scaled)
     whole = rounded_in_turn(scaled, weight_scale, chosen.rounded(seen.sample() * smooth))
     return Int8Layer(smooth, *chosen, whole, weight_scale)
 
 
-def best_smoothing(weight: Tensor, seen: Activations) -> tuple[Tensor, Range]:
+def best_smoothing(weight: Tensor, seen: Activations, silent: float) -> tuple[Tensor, Range]:
     """The smoothing and the clipping that change the layer's output least."""
     x = seen.sample()[::TRIAL_EVERY]
     exact = x @ weight
     found = []
     for share in SMOOTHING:
-        smooth = smoothing(seen, weight, share)
+        smooth = smoothing(seen, weight, share, silent)
         scale = weight_scales(weight / smooth[:, None])
         trial = torch.round(weight / smooth[:, None] / scale) * scale
         for keep in CLIPPING:
@@ -118,21 +121,32 @@ def best_smoothing(weight: Tensor, seen: Activations) -> tuple[Tensor, Range]:
     return smooth, chosen
 
 
-def smoothing(seen: Activations, weight: Tensor, share: float) -> Tensor:
+def smoothing(seen: Activations, weight: Tensor, share: float, silent: float) -> Tensor:
     """(inputs,): what to multiply the activations with, so that large channels lose a `share` of their size."""
-    sizes = not_tiny(torch.maximum(-seen.low, seen.high))
-    strengths = not_tiny(weight.abs().amax(1))
+    sizes = not_tiny(torch.maximum(-seen.low, seen.high), silent)
+    strengths = not_tiny(weight.abs().amax(1), silent)
     return strengths ** (1 - share) / sizes**share
 
 
-def not_tiny(x: Tensor) -> Tensor:
+def not_tiny(x: Tensor, silent: float) -> Tensor:
     """Channels that are as good as silent must not be blown up."""
-    return x.clamp(min=1e-3 * x.max().item() + 1e-12)
+    return x.clamp(min=silent * x.max().item() + 1e-12)
 
 
 def weight_scales(weight: Tensor) -> Tensor:
     """(inputs, outputs) -> (outputs,): what one level is worth."""
     return weight.abs().amax(0).clamp(min=1e-12) / LEVELS
+
+
+def clipped_scale(weight: Tensor) -> Tensor:
+    """(inputs, outputs) -> (1,): what one level is worth, where rounding and clipping together cost least."""
+    largest = weight.abs().max().clamp(min=1e-12) / LEVELS
+
+    def error(scale: Tensor) -> float:
+        whole = torch.round(weight / scale).clamp(-LEVELS, LEVELS)
+        return (whole * scale - weight).square().sum().item()
+
+    return min((largest * keep for keep in KEPT), key=error).reshape(1)
 
 
 def rounded_in_turn(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ SUPPORTED = {
     "scale_embeddings": True,
     "tie_embeddings": True,
 }
-Attend = Callable[[int, str], str]  # layer, projections (B, T, 3W) or queries (B, T, W) -> (B, T, W)
+Attend = Callable[[int, str], str]  # layer, a norm's output or queries (B, T, W) -> (B, T, W)
 Interface = tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]
 
 
@@ -61,10 +61,27 @@ class Layers:
         if self.precision == "float32":
             product = graph.node("MatMul", [x, graph.weight(f"{name}.weight")], f"{name}.product" if bias else name)
             return graph.node("Add", [product, bias], name) if bias else product
-        step, middle = graph.weight(f"{name}.step"), graph.weight(f"{name}.middle")
-        codes = graph.node("QuantizeLinear", [x, step, middle], f"{name}.row_codes")
-        inputs = [codes, graph.weight(f"{name}.codes"), step, graph.weight(f"{name}.scales"), middle, "", bias]
+        rows, step, middle = self.row_codes(name, x)
+        codes, scale = graph.weight(f"{name}.codes"), graph.weight(f"{name}.scale")
+        inputs = [rows, codes, step, scale, middle, "", bias]
         return graph.node("MatMulIntegerToFloat", inputs, name, contrib=True)
+
+    def row_codes(self, name: str, x: str) -> tuple[str, str, str]:
+        """x as the matrix `name` reads it, a code's step, and the code of zero."""
+        step, middle = self.graph.weight(f"{name}.step"), self.graph.weight(f"{name}.middle")
+        return self.graph.node("QuantizeLinear", [x, step, middle], f"{name}.row_codes"), step, middle
+
+    def mixed(self, at: str, x: str) -> str:
+        """Attention of all of x (B, T, W) to all of it, its projections included, in one node."""
+        graph, qkv = self.graph, f"{at}.qkv"
+        bias, sizes = graph.weight(f"{qkv}.bias"), {"num_heads": self.config.num_heads}
+        if self.precision == "float32":
+            inputs = [x, graph.weight(f"{qkv}.weight"), bias]
+            return graph.node("Attention", inputs, f"{at}.mixed", contrib=True, **sizes)
+        rows, step, middle = self.row_codes(qkv, x)
+        codes, scale = graph.weight(f"{qkv}.codes"), graph.weight(f"{qkv}.scale")
+        inputs = [rows, codes, bias, step, scale, "", middle]
+        return graph.node("QAttention", inputs, f"{at}.mixed", contrib=True, **sizes)
 
     def norm(self, name: str, x: str) -> str:
         inputs = [x, self.graph.weight(f"{name}.weight"), self.graph.weight(f"{name}.bias")]
@@ -87,16 +104,15 @@ class Layers:
         x = self.embedded_from_start("encoder", ids)
         for layer in range(self.config.num_layers):
             at = f"encoder.{layer}"
-            qkv = self.linear(f"{at}.qkv", self.norm(f"{at}.attention_norm", x))
-            x = self.feed_forward(at, self.attention(at, x, attend(layer, qkv)))
+            attended = attend(layer, self.norm(f"{at}.attention_norm", x))
+            x = self.feed_forward(at, self.attention(at, x, attended))
         return self.norm("encoder.norm", x)
 
     def decoder(self, x: str, attend: Attend, attend_memory: Attend) -> str:
         """Embedded target tokens (B, T, W) -> logits (B, T, V)."""
         for layer in range(num_decoder_layers(self.config)):
             at, cross = f"decoder.{layer}", f"decoder.{layer}.cross"
-            qkv = self.linear(f"{at}.qkv", self.norm(f"{at}.attention_norm", x))
-            x = self.attention(at, x, attend(layer, qkv))
+            x = self.attention(at, x, attend(layer, self.norm(f"{at}.attention_norm", x)))
             query = self.linear(f"{cross}.query", self.norm(f"{cross}.attention_norm", x))
             x = self.feed_forward(at, self.attention(cross, x, attend_memory(layer, query)))
         return self.linear("logits", self.norm("decoder.norm", x))
@@ -167,14 +183,8 @@ def per_layer(pattern: str, config: ModelConfig) -> list[str]:
 
 
 def encode(layers: Layers) -> None:
-    graph = layers.graph
-
-    def attend(layer: int, qkv: str) -> str:
-        parts = layers.thirds(f"encoder.{layer}", qkv)
-        mixed, heads = f"encoder.{layer}.mixed", layers.config.num_heads
-        return graph.node("MultiHeadAttention", parts, mixed, contrib=True, num_heads=heads)
-
-    layers.memory(layers.encoder("ids", attend), per_layer("cross_{}", layers.config))
+    x = layers.encoder("ids", lambda layer, x: layers.mixed(f"encoder.{layer}", x))
+    layers.memory(x, per_layer("cross_{}", layers.config))
 
 
 def decode(layers: Layers) -> None:
@@ -188,7 +198,8 @@ def decode(layers: Layers) -> None:
         sizes = {"num_heads": heads, "kv_num_heads": heads}
         return graph.node("GroupQueryAttention", inputs, name, *present, contrib=True, **sizes)
 
-    def attend_own(layer: int, qkv: str) -> str:
+    def attend_own(layer: int, x: str) -> str:
+        qkv = layers.linear(f"decoder.{layer}.qkv", x)
         past, present = ([f"{side}_{part}.{layer}" for part in ("key", "value")] for side in ("past", "present"))
         return attend(f"decoder.{layer}.mixed", [qkv, "", "", *past, "lengths", "longest"], *present)
 
@@ -203,8 +214,9 @@ def decode(layers: Layers) -> None:
 def attention(layers: Layers) -> None:
     graph, config = layers.graph, layers.config
 
-    def attend(name: str, qkv: str, mask: str | None = None) -> str:
-        q, k, v = (layers.heads(part, part, config.num_heads) for part in layers.thirds(name, qkv))
+    def attend(part: str, layer: int, x: str, mask: str | None = None) -> str:
+        name, qkv = f"{part}_attention.{layer}", layers.linear(f"{part}.{layer}.qkv", x)
+        q, k, v = (layers.heads(third, third, config.num_heads) for third in layers.thirds(name, qkv))
         return layers.attend_openly(name, q, k, v, mask=mask)
 
     def attend_memory(layer: int, query: str) -> str:
@@ -212,11 +224,11 @@ def attention(layers: Layers) -> None:
         q = layers.heads(name, query, config.num_heads)
         return layers.attend_openly(name, q, f"cross_key.{layer}", f"cross_value.{layer}")
 
-    memory = layers.encoder("ids", lambda layer, qkv: attend(f"encoder_attention.{layer}", qkv))
+    memory = layers.encoder("ids", lambda layer, x: attend("encoder", layer, x))
     layers.memory(memory, per_layer("cross_{}", config))
     x = layers.embedded_from_start("decoder", "target_ids")
     mask = causal(graph, "decoder.length")
-    layers.decoder(x, lambda layer, qkv: attend(f"decoder_attention.{layer}", qkv, mask), attend_memory)
+    layers.decoder(x, lambda layer, x: attend("decoder", layer, x, mask), attend_memory)
 
 
 def causal(graph: Graph, length: str) -> str:

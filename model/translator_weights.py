@@ -6,6 +6,10 @@ table does is `service.worker.weights.packing`'s.
 A matrix of integers wants inputs of like sizes, so each of its inputs is first multiplied by a number of its own, its
 `smooth`. That costs nothing: whatever makes the inputs is multiplied beforehand. It is a norm, or the matrix before,
 whose outputs come here through weighted sums or rectified, which leaves such a factor what it is.
+
+A matrix of integers has one scale. The operators prepare those of single outputs anew in every run, which took 8 % of a
+step of 16 rows, 29 % of one alone (onnxruntime 1.31). Without them 98.8 % of greedy tokens are the checkpoint's, not
+99.2 %; BLEU stays within 0.3.
 """
 
 from collections.abc import Iterator
@@ -24,35 +28,37 @@ from service.worker.weights.packing import Floats, Piece, Tensors, table
 
 WEIGHTS_FILE = "translate.data"
 EMBEDDING = "encoder.stack.embedding.token.weight"
-FEED_FORWARD = ("feed_forward.up", "feed_forward.down")
 
 
 class Matrix:
     """Linear layers that read the same input, side by side: K inputs, N outputs."""
 
-    def __init__(self, tensors: Tensors, seen: Seen | None, *layers: str, has_bias: bool = True) -> None:
-        """In integers if `seen` tells what the first of the layers reads."""
-        self.weight = np.concatenate([tensors(f"{layer}.weight") for layer in layers]).T
-        self.bias = np.concatenate([tensors(f"{layer}.bias") for layer in layers]) if has_bias else None
-        self.int8 = None if seen is None else quantize_layer(torch.from_numpy(self.weight.copy()), seen[layers[0]])
+    def __init__(
+        self, tensors: Tensors, seen: Seen | None, *layers: str, factors: Floats | None = None, has_bias: bool = True
+    ) -> None:
+        """In integers if `seen` tells what the first of the layers reads. `factors` (N) multiply the outputs."""
+        by = np.float32(1) if factors is None else factors
+        self.weight = np.concatenate([tensors(f"{layer}.weight") for layer in layers]).T * by
+        self.bias = np.concatenate([tensors(f"{layer}.bias") for layer in layers]) * by if has_bias else None
+        self.int8 = None
+        if seen is not None:
+            self.int8 = quantize_layer(torch.from_numpy(self.weight.copy()), seen[layers[0]], one_scale=True)
 
     @property
     def smooth(self) -> Floats:
         """(K), what the inputs must have been multiplied with."""
         return np.ones(len(self.weight), np.float32) if self.int8 is None else self.int8.smooth.numpy()
 
-    def pieces(self, name: str, factors: Floats | None = None) -> Iterator[Piece]:
-        """`factors` (N): what the outputs are multiplied with."""
-        factors = np.ones(self.weight.shape[1], np.float32) if factors is None else factors
+    def pieces(self, name: str) -> Iterator[Piece]:
         if self.int8 is None:
-            yield f"{name}.weight", self.weight * factors
+            yield f"{name}.weight", self.weight
         else:
             yield f"{name}.codes", self.int8.weight.numpy().astype(np.int8)
-            yield f"{name}.scales", self.int8.weight_scale.numpy() * factors
+            yield f"{name}.scale", self.int8.weight_scale.numpy()
             yield f"{name}.step", np.array(self.int8.scale, np.float32)
             yield f"{name}.middle", np.array(self.int8.zero_point, np.uint8)
         if self.bias is not None:
-            yield f"{name}.bias", self.bias * factors
+            yield f"{name}.bias", self.bias
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,8 @@ class Packing:
     tensors: Tensors
     seen: Seen | None
 
-    def matrix(self, *layers: str, has_bias: bool = True) -> Matrix:
-        return Matrix(self.tensors, self.seen, *layers, has_bias=has_bias)
+    def matrix(self, *layers: str, factors: Floats | None = None, has_bias: bool = True) -> Matrix:
+        return Matrix(self.tensors, self.seen, *layers, factors=factors, has_bias=has_bias)
 
     def norm(self, name: str, layer: str, factors: Floats) -> Iterator[Piece]:
         for part in ("weight", "bias"):
@@ -71,23 +77,25 @@ class Packing:
 
     def block(self, name: str, layer: str) -> Iterator[Piece]:
         """Attention to what is read itself, and the feed-forward."""
-        qkv = self.matrix(*(f"{layer}.attention.{part}" for part in ("query", "key", "value")))
-        output, up, down = map(self.matrix, (f"{layer}.{part}" for part in ("attention.output", *FEED_FORWARD)))
-        queries_and_keys = np.ones(2 * len(output.smooth), np.float32)
+        output, down = self.matrix(f"{layer}.attention.output"), self.matrix(f"{layer}.feed_forward.down")
+        up = self.matrix(f"{layer}.feed_forward.up", factors=down.smooth)
+        factors = np.concatenate((np.ones(2 * len(output.smooth), np.float32), output.smooth))
+        qkv = self.matrix(*(f"{layer}.attention.{part}" for part in ("query", "key", "value")), factors=factors)
         yield from self.norm(f"{name}.attention_norm", f"{layer}.attention_norm", qkv.smooth)
-        yield from qkv.pieces(f"{name}.qkv", np.concatenate((queries_and_keys, output.smooth)))
+        yield from qkv.pieces(f"{name}.qkv")
         yield from output.pieces(f"{name}.output")
         yield from self.norm(f"{name}.feed_forward_norm", f"{layer}.feed_forward_norm", up.smooth)
-        yield from up.pieces(f"{name}.up", down.smooth)
+        yield from up.pieces(f"{name}.up")
         yield from down.pieces(f"{name}.down")
 
     def memory(self, layers: list[str]) -> Iterator[Piece]:
         """All decoder layers' attention to the memory, whose keys and values are one matrix, and the memory's norm."""
-        matrix = self.matrix(*(f"{layer}.cross.{part}" for layer in layers for part in ("key", "value")))
         outputs = [self.matrix(f"{layer}.cross.output") for layer in layers]
         keys = np.ones(len(outputs[0].smooth), np.float32)
+        parts = [f"{layer}.cross.{part}" for layer in layers for part in ("key", "value")]
+        matrix = self.matrix(*parts, factors=np.concatenate([each for one in outputs for each in (keys, one.smooth)]))
         yield from self.norm("encoder.norm", "encoder.stack.norm", matrix.smooth)
-        yield from matrix.pieces("memory", np.concatenate([part for one in outputs for part in (keys, one.smooth)]))
+        yield from matrix.pieces("memory")
         for at, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
             name, query = f"decoder.{at}.cross", self.matrix(f"{layer}.cross.query")
             yield from self.norm(f"{name}.attention_norm", f"{layer}.cross_norm", query.smooth)

@@ -15,6 +15,7 @@ from model.quantize import (
     Int8Layer,
     Range,
     activation_range,
+    clipped_scale,
     quantize_layer,
     rounded_in_turn,
     weight_scales,
@@ -72,6 +73,34 @@ def test_rounding_in_turn_beats_rounding_each(x: torch.Tensor, weight: torch.Ten
     exact = x @ weight
     assert relative_error(x @ (in_turn * scale), exact) < 0.7 * relative_error(x @ (each * scale), exact)
     assert in_turn.abs().max() <= LEVELS
+
+
+def test_a_layer_of_one_scale_keeps_its_output(x: torch.Tensor, weight: torch.Tensor) -> None:
+    weight[:, 3] *= 3
+    layer = quantize_layer(weight, seen_of(x), one_scale=True)
+    assert layer.weight_scale.shape == (1,)
+    assert layer.weight.abs().max() <= LEVELS
+    found, exact = output_of(layer, x), x @ weight
+    assert max(relative_error(found[:, at], exact[:, at]) for at in range(weight.size(1))) < 0.1
+
+
+def test_one_weight_does_not_take_all_levels() -> None:
+    weight = torch.randn(400, 200, generator=torch.Generator().manual_seed(3))
+    weight[0, 0] = 8
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        return (torch.round(weight / scale).clamp(-LEVELS, LEVELS) * scale - weight).square().sum()
+
+    assert error(clipped_scale(weight)) < 0.7 * error(weight.abs().max() / LEVELS)
+
+
+def test_for_one_scale_silent_channels_are_blown_up_less(weight: torch.Tensor) -> None:
+    """The matrix that makes them has their factors in its weights."""
+    x = torch.randn(2000, 32, generator=torch.Generator().manual_seed(2))
+    x[:, 5] = 1e-6
+    one, each = (quantize_layer(weight, seen_of(x), one_scale=one_scale).smooth for one_scale in (True, False))
+    assert one[5] / one.median() < 20
+    assert each[5] / each.median() > 100
 
 
 def test_silent_channels_do_no_harm(weight: torch.Tensor) -> None:

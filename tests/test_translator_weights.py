@@ -65,17 +65,17 @@ def test_what_makes_a_matrix_s_inputs_multiplies_them_as_the_matrix_expects(
     weight = exact[f"{name}.weight"] * (kept(int8, exact, name) if f"{name}.bias" in exact else 1)
     inputs = kept(int8, exact, before)[columns]
     assert inputs.max() > 1.5 * inputs.min()
-    found = int8[f"{name}.codes"] * int8[f"{name}.scales"] * inputs[:, None]
-    assert np.corrcoef(found.ravel(), weight.ravel())[0, 1] > 0.999
-    np.testing.assert_allclose(found, weight, atol=0.1 * np.abs(weight).max())
+    found = int8[f"{name}.codes"] * int8[f"{name}.scale"] * inputs[:, None]
+    assert np.corrcoef(found.ravel(), weight.ravel())[0, 1] > 0.998
 
 
-def test_codes_have_seven_bits_and_rectified_inputs_none_below_zero(int8: dict[str, np.ndarray]) -> None:
-    """What processors without VNNI can sum, and what lets the runtime rectify and round in one."""
+def test_codes_have_seven_bits_and_one_scale_and_rectified_inputs_none_below_zero(int8: dict[str, np.ndarray]) -> None:
+    """What processors without VNNI can sum, what costs no run a product, what is rectified and rounded in one."""
     codes = [value for name, value in int8.items() if name.endswith(".codes") and name != "embedding.codes"]
     assert len(codes) == 4 * CONFIG.num_layers + 6 * CONFIG.num_decoder_layers + 2
     assert {value.dtype.name for value in codes} == {"int8"}
     assert max(int(np.abs(value.astype(int)).max()) for value in codes) == 63
+    assert {value.size for name, value in int8.items() if name.endswith(".scale")} == {1}
     assert {int(value) for name, value in int8.items() if name.endswith(".down.middle")} == {0}
 
 
