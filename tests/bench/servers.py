@@ -144,9 +144,12 @@ def signal_all(processes: Sequence[int], number: signal.Signals) -> None:
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Where a bench's servers leave their logs. Ended from outside, the run still ends them: most are suspended."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    with tempfile.TemporaryDirectory(prefix="attnd-bench-") as folder:
-        yield Path(folder)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        with tempfile.TemporaryDirectory(prefix="attnd-bench-") as folder:
+            yield Path(folder)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def bare_rate(bundle_path: Path, plan: OfflinePlan) -> dict[str, Any]:
     assert generation is not None
     tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
     sources = [encoding.ids for encoding in tokenizer.encode_batch(list(plan.sentences))]
-    engine = TranslatorEngine(bundle, num_slots=ROWS, threads=1)  # as it is served
+    engine = TranslatorEngine(bundle, num_slots=ROWS, threads=1)  # one of the lanes that the service has
     engine.warm_up()
     most = min(MOST_TOKENS, engine.max_tokens)
     loop = BareLoop(engine, sources, rows=ROWS, end_id=generation.end_ids[0], most=most)
