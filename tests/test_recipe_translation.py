@@ -42,7 +42,6 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             model=replace(plan.model, **SMALL),
             stages=tuple(replace(stage, train=replace(stage.train, **SHORT)) for stage in plan.stages),
             num_variants=2,
-            penalties=(0.5, *plan.penalties[:1]),
         )
         for plan in translation.PLANS
     ]
