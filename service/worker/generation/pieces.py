@@ -4,8 +4,8 @@ from service.worker.generation.prefix_cache import CHUNK
 
 # Costs are in units of a token at a prompt's start. To run the graph over a piece of it costs RUN more, as weights
 # and earlier keys are fetched, however few its tokens are. A step of r rows and no prompt costs about 14 + 1.75 r.
-# Prompts may cost twice as much, so that few gaps between two tokens are over three times as long as those without.
-# Where nothing is written, how long a newcomer may wait counts.
+# Prompts may cost about twice as much, so that few gaps between two tokens are over three times as long as those
+# without; with many rows somewhat more, as newcomers are many, too. Where nothing is written, their wait alone counts.
 IDLE_BUDGET = 4 * CHUNK
 GRAIN = 8  # tokens; pieces of prompts are multiples of this
 RUN = 8
@@ -14,7 +14,7 @@ LEAST = 8  # what is left of a budget when it is not worth a run of the graph
 
 
 def budget_beside(num_rows: int) -> int:
-    return 28 + 7 * num_rows // 2 if num_rows else IDLE_BUDGET
+    return max(31, 6 * num_rows) if num_rows else IDLE_BUDGET
 
 
 def cost(num_tokens: int, start: int) -> int:
