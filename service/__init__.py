@@ -8,8 +8,9 @@ There worker/classification/classifier.py takes a place in the queue (or refuses
 turns text into tokens, its scheduler.py decides who runs next, a thread of its loop.py runs its engine.py on
 worker/session.py, and its scores.py turns logits into labels on the way back up.
 
-For a text to write it is worker/generation/generator.py: prompts.py makes token ids of texts and chats, lanes.py finds
-a thread for each output (a chat has one), its scheduler.py plans a step for everything that is under way there (a piece
-of some prompts, a token more of every output), its loop.py executes it on decoder.py or translator.py, and output.py
-makes a token, text and an end of the logits.
+For a text to write it is worker/generation/generator.py: prompts.py makes token ids of texts and chats, outputs.py
+plans of what to write, lanes.py finds a lane for each (a chat has one, in a thread; a translation's are processes).
+There scheduler.py plans a step for everything that is under way (a piece of some prompts, a token more of every
+output), loop.py executes it on decoder.py or translator.py, output.py makes a token, text and an end of the logits,
+and report.py is what comes back.
 """

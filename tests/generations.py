@@ -13,10 +13,14 @@ import numpy as np
 from service.backend import Backend
 from service.domain import Call, End, Event, Finish, GenerateRequest, PromptTokens, Start, Token
 from service.metrics import Metrics
-from service.worker.bundle import load_bundle
+from service.worker.bundle import Bundle, load_bundle
 from service.worker.generation.decoder import DecoderEngine
 from service.worker.generation.generator import Generator
+from service.worker.generation.outputs import Outputs
+from service.worker.generation.prompt_tokenizer import PromptTokenizer
+from service.worker.generation.prompts import PromptReader
 from service.worker.generation.scheduler import slots_for
+from service.worker.generation.thread_lane import ThreadLane
 from service.worker.local import LocalBackend
 
 PATIENCE_S = 10.0
@@ -59,7 +63,22 @@ def make_generator(
     bundle = load_bundle(directory)
     watched = WatchedEngine(DecoderEngine(bundle, num_slots=slots_for(max_rows), num_blocks=num_blocks, threads=1))
     sizes = {"max_rows": max_rows, "max_waiting": max_waiting, "num_blocks": num_blocks}
-    return Generator(bundle, [watched], metrics, vocab_size=watched.vocab_size, **sizes), watched
+    return in_threads(bundle, [watched], metrics, **sizes), watched
+
+
+def in_threads(
+    bundle: Bundle, engines: Sequence[Any], metrics: Metrics, *, max_rows: int, max_waiting: int, num_blocks: int = 0
+) -> Generator:
+    """A generator with a lane in a thread for each engine."""
+    vocab_size, tokenizer = engines[0].vocab_size, PromptTokenizer(bundle.tokenizer_path)
+    outputs = Outputs(bundle, tokenizer, vocab_size=vocab_size)
+    lanes = [
+        ThreadLane(engine, outputs, max_rows=max_rows, num_blocks=num_blocks, name=f"{bundle.manifest.id}-{at}")
+        for at, engine in enumerate(engines)
+    ]
+    prompts = PromptReader(bundle, tokenizer, vocab_size=vocab_size)
+    sizes = {"max_rows": max_rows, "max_waiting": max_waiting, "num_blocks": num_blocks}
+    return Generator(bundle, lanes, metrics, prompts=prompts, **sizes)
 
 
 async def serving(generator: Generator, *, drain_timeout_s: float = 5.0) -> LocalBackend:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from generations import call, collect, serving
+from generations import call, collect, in_threads, serving
 from tiny_translation import CONFIG, tiny_translator
 from tiny_translator import seeded_translator, tiny_translation_bundle
 
@@ -101,8 +101,7 @@ async def test_a_hundred_sources_through_the_engine_get_what_the_reference_finds
 def make_translator(directory: Path) -> Generator:
     bundle = load_bundle(directory)
     engine = TranslatorEngine(bundle, num_slots=slots_for(16), threads=1)
-    sizes = {"max_rows": 16, "max_waiting": 400, "num_blocks": 0}
-    return Generator(bundle, [engine], Metrics((1.0,), {}), vocab_size=engine.vocab_size, **sizes)
+    return in_threads(bundle, [engine], Metrics((1.0,), {}), max_rows=16, max_waiting=400)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -447,8 +447,8 @@ async def test_when_to_come_back_depends_on_what_an_output_takes_not_its_request
     ticks = itertools.count(1.0)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=ticks.__next__))
     running = await run(max_rows=1)
-    count, learned = running.generator._count, list[float]()
-    monkeypatch.setattr(running.generator, "_count", lambda done: (learned.extend(done.slot_seconds), count(done)))
+    learn, learned = running.generator._learn, list[float]()
+    monkeypatch.setattr(running.generator, "_learn", lambda seconds: (learned.append(seconds), learn(seconds)))
     await running.collect(n=8)
     await until(lambda: len(learned) == 8)
     assert sum(learned) <= next(ticks)
@@ -533,7 +533,7 @@ async def test_a_dead_engine_thread_fails_what_is_open_and_turns_readiness_red(
     def broken(_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(running.generator._lanes._loops[0], "_execute", broken)
+    monkeypatch.setattr(running.generator._lanes._lanes[0]._loop, "_execute", broken)
     with pytest.raises(EngineFailed, match="the engine of tiny-chat has failed"):
         await running.collect()
     with pytest.raises(Unavailable, match="the engine of tiny-chat has failed"):

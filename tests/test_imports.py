@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 HEAVY = frozenset(
     {
         "fastapi", "gguf", "google", "grpc", "grpc_health", "grpc_reflection", "httptools", "jinja2", "matplotlib",
-        "numpy", "onnx", "onnxruntime", "prometheus_client", "pydantic", "safetensors", "starlette", "tokenizers",
-        "torch", "transformers", "uvicorn", "uvloop",
+        "msgspec", "numpy", "onnx", "onnxruntime", "prometheus_client", "pydantic", "safetensors", "starlette",
+        "tokenizers", "torch", "transformers", "uvicorn", "uvloop",
     }
 )  # fmt: skip
 
@@ -105,8 +105,24 @@ RULES = [
         "numpy",
     ),
     rule(
+        "service.worker.generation.report",
+        "service.domain service.worker.generation.loop service.worker.generation.sequence "
+        "service.worker.generation.step",
+    ),
+    rule(
         "service.worker.generation.lanes",
-        "service.errors service.worker.generation.loop service.worker.generation.sequence",
+        "service.domain service.errors service.worker.generation.outputs service.worker.generation.report "
+        "service.worker.generation.sequence",
+    ),
+    rule("service.worker.generation.lane_messages", "service.domain service.worker.generation.report", "msgspec"),
+    rule(
+        "service.worker.generation.process_lane",
+        "service.domain service.errors service.worker.generation.lane_messages service.worker.generation.lanes "
+        "service.worker.generation.outputs service.worker.generation.report service.worker.generation.sequence",
+    ),
+    rule(
+        "service.worker.generation.lane_process",
+        "service.domain service.errors service.logs service.worker.bundle service.worker.generation.*",
     ),
     rule("service.worker.machine"),
     rule("service.worker.engine_threads"),

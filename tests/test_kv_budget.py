@@ -41,7 +41,7 @@ def test_a_plan_never_takes_more_than_there_is(budget: int, max_rows: int, has_p
 
 def test_each_lane_gets_an_equal_part() -> None:
     assert plan(9 * SLOT, num_lanes=3, has_prefixes=False) == plan(3 * SLOT, has_prefixes=False)
-    message = f"{3 * SLOT - 1} bytes .* 128 tokens in each of 3 threads, which takes {3 * SLOT} "
+    message = f"{3 * SLOT - 1} bytes .* 128 tokens in each of 3 lanes, which takes {3 * SLOT} "
     with pytest.raises(ConfigError, match=message):
         plan(3 * SLOT - 1, num_lanes=3)
 

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 from fakes import until
-from generations import call, collect, serving
+from generations import call, collect, in_threads, serving
 
-from service.domain import Progress
-from service.errors import EngineFailed, Overloaded, Unavailable
+from service.domain import GenerateRequest, Progress
+from service.errors import BundleError, EngineFailed, Overloaded, Unavailable
 from service.metrics import Metrics
 from service.worker.bundle import load_bundle
 from service.worker.generation.generator import Generator
 from service.worker.generation.lanes import Lanes
+from service.worker.generation.outputs import OutputPlan
 from service.worker.generation.scheduler import Scheduler, slots_for
 from service.worker.generation.sequence import Job, Prompt, Sequence
 from service.worker.generation.translator import TranslatorEngine
@@ -25,19 +26,28 @@ NOBODY: Any = None  # writes no text
 SOURCES = [[3 + place % 7] * (2 + place % 5) for place in range(20)]
 
 
-class Loop:
-    """A GenerationLoop without a thread: steps are planned when the test says so."""
+class OneLane:
+    """A lane without a thread: steps are planned when the test says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, failure: Exception | None = None) -> None:
         self.scheduler = Scheduler(max_rows=2, num_blocks=0)
-        self.add, self.close = self.scheduler.add, self.scheduler.close
+        self.close = self.scheduler.close
+        self.failure = failure
         self.calls: list[str] = []
+        self.sequences: list[Sequence] = []
 
-    def start(self) -> None:
+    async def start(self, tell: object, died: object) -> None:
+        if self.failure is not None:
+            raise self.failure
         self.calls.append("start")
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         self.calls.append("stop")
+
+    def add(self, job: Job, request: GenerateRequest, plans: list[OutputPlan]) -> None:
+        made = [Sequence(job, one.index, one.prompt, NOBODY, num_beams=request.num_beams) for one in plans]
+        self.sequences += made
+        self.scheduler.add(made)
 
     @property
     def num_waiting(self) -> int:
@@ -54,34 +64,34 @@ class Loop:
 
 class Machine:
     def __init__(self, num_lanes: int = 2, *, max_waiting: int = 100) -> None:
-        self.loops = [Loop() for _ in range(num_lanes)]
-        self.lanes = Lanes(self.loops, max_waiting=max_waiting)  # type: ignore[arg-type]
+        self.list = [OneLane() for _ in range(num_lanes)]
+        self.lanes = Lanes(self.list, max_waiting=max_waiting)  # type: ignore[arg-type]
 
-    def add(self, *widths: int) -> list[Sequence]:
-        """One request, of outputs (1) and of searches with so many beams."""
-        job = Job(sum(widths), Progress())
+    def add(self, num_prompts: int, *, num_beams: int = 1) -> Job:
+        """One request, of outputs or of searches."""
+        job = Job(num_prompts * num_beams, Progress())
         self.lanes.admit(job)
-        prompts = [Prompt(index, [5, 6], is_whole=True) for index in range(len(widths))]
-        sequences = [
-            Sequence(job, prompt.index, prompt, NOBODY, num_beams=width)
-            for prompt, width in zip(prompts, widths, strict=True)
-        ]
-        self.lanes.add(job, sequences)
-        return sequences
+        self.queue(job, num_prompts, num_beams)
+        return job
+
+    def queue(self, job: Job, num_prompts: int, num_beams: int = 1) -> None:
+        request = GenerateRequest(prompt=[[5, 6]] * num_prompts, num_beams=num_beams)
+        plans = [OutputPlan(Prompt(at, [5, 6], is_whole=True), at, 0, 9) for at in range(num_prompts)]
+        self.lanes.add(job, request, plans)
 
     def step(self) -> None:
-        for loop in self.loops:
-            loop.scheduler.next_step()
+        for lane in self.list:
+            lane.scheduler.next_step()
 
     @property
     def held(self) -> list[tuple[int, int]]:
         """What waits and what runs in each lane."""
-        return [(loop.num_waiting, loop.num_running) for loop in self.loops]
+        return [(lane.num_waiting, lane.num_running) for lane in self.list]
 
 
 def test_an_output_goes_where_the_fewest_wait_or_run() -> None:
     machine = Machine(3)
-    machine.add(1, 1, 1, 1)
+    machine.add(4)
     assert machine.held == [(2, 0), (1, 0), (1, 0)]
     machine.step()
     machine.add(1)
@@ -91,26 +101,29 @@ def test_an_output_goes_where_the_fewest_wait_or_run() -> None:
 def test_one_request_at_a_time_always_finds_the_first_lane() -> None:
     machine = Machine()
     for _ in range(3):
-        (sequence,) = machine.add(1)
+        machine.add(1)
         machine.step()
         assert machine.held == [(0, 1), (0, 0)]
-        sequence.is_finished = True
+        machine.list[0].sequences.pop().is_finished = True
         machine.step()
 
 
 def test_the_beams_of_a_search_stay_together_and_count_as_rows() -> None:
     machine = Machine()
-    machine.add(2, 1, 1, 2)
-    assert machine.held == [(4, 0), (2, 0)]
+    machine.add(1, num_beams=3)
+    machine.add(2)
+    assert machine.held == [(3, 0), (2, 0)]
+    machine.add(2, num_beams=2)
+    assert machine.held == [(5, 0), (4, 0)]
 
 
 def test_the_queue_before_all_lanes_is_one() -> None:
     machine = Machine(max_waiting=6)
-    machine.add(1, 1, 1, 1, 1)
+    machine.add(5)
     with pytest.raises(Overloaded, match="5 outputs wait, 2 more do not fit under the limit of 6"):
-        machine.add(1, 1)
+        machine.add(2)
     machine.step()  # two of each lane get a slot
-    machine.add(1, 1, 1, 1, 1)
+    machine.add(5)
     assert (machine.lanes.num_waiting, machine.lanes.num_running) == (6, 4)
     assert machine.lanes.num_kept_tokens == 4 * 2
 
@@ -120,32 +133,39 @@ def test_places_are_taken_while_prompts_are_read_and_free_once_the_job_is_closed
     coming = Job(2, Progress())
     machine.lanes.admit(coming)
     with pytest.raises(Overloaded, match="2 outputs wait"):
-        machine.add(1, 1)
+        machine.add(2)
     for _ in range(2):  # twice changes nothing
         machine.lanes.close(coming)
         assert machine.lanes.num_waiting == 0
-    machine.lanes.add(coming, [Sequence(coming, 0, Prompt(0, [5]), NOBODY)])
+    machine.queue(coming, 1)
     assert machine.lanes.num_waiting == 0
 
 
 def test_what_is_closed_leaves_every_lane() -> None:
     machine = Machine()
-    (first, *_) = machine.add(*[1] * 7)
-    (other,) = machine.add(1)
+    first, other = machine.add(7), machine.add(1)
     machine.step()
     assert machine.held == [(2, 2), (2, 2)]
-    machine.lanes.close(first.job)
+    machine.lanes.close(first)
     machine.step()
     machine.step()
     assert machine.held == [(0, 0), (0, 1)]
-    assert not other.has_left
+    assert not other.is_closed
 
 
-def test_every_lane_starts_and_stops() -> None:
+async def test_every_lane_starts_and_stops() -> None:
     machine = Machine()
-    machine.lanes.start()
-    machine.lanes.stop()
-    assert [loop.calls for loop in machine.loops] == [["start", "stop"]] * 2
+    await machine.lanes.start(print, print)
+    await machine.lanes.stop()
+    assert [lane.calls for lane in machine.list] == [["start", "stop"]] * 2
+
+
+async def test_all_lanes_start_or_none() -> None:
+    machine = Machine(3)
+    machine.list[1].failure = BundleError("it is broken")
+    with pytest.raises(BundleError, match="it is broken"):
+        await machine.lanes.start(print, print)
+    assert [lane.calls for lane in machine.list] == [["start", "stop"], [], ["start", "stop"]]
 
 
 # --- a generator with several
@@ -158,10 +178,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def serve(directory: Path, num_lanes: int) -> tuple[LocalBackend, Generator]:
     bundle = load_bundle(directory)
-    first = TranslatorEngine(bundle, num_slots=slots_for(8), threads=1)
-    engines = [first, *(first.twin() for _ in range(num_lanes - 1))]
-    sizes = {"vocab_size": first.vocab_size, "max_rows": 8, "max_waiting": 200, "num_blocks": 0}
-    generator = Generator(bundle, engines, Metrics((1.0,), {}), **sizes)
+    engines = [TranslatorEngine(bundle, num_slots=slots_for(8), threads=1) for _ in range(num_lanes)]
+    generator = in_threads(bundle, engines, Metrics((1.0,), {}), max_rows=8, max_waiting=200)
     return await serving(generator), generator
 
 
@@ -183,13 +201,16 @@ async def test_outputs_are_the_same_bits_in_whatever_lane(bundle: Path, options:
 
 async def test_a_request_has_ended_with_the_last_of_its_outputs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, generator = await serve(bundle, 2)
-    make, made = generator._outputs.sequences, list[Sequence]()
-    monkeypatch.setattr(generator._outputs, "sequences", lambda *args: made.extend(make(*args)) or made)
+    take, ends = generator._take, list[float]()
+    monkeypatch.setattr(
+        generator, "_take", lambda report: (ends.extend(one.at for _, one in report.ended), take(report))
+    )
     circumstances = call()
     timing = (await collect(backend, circumstances, prompt=SOURCES, max_tokens=12)).end.timing
     await backend.aclose()
     progress = circumstances.progress
-    assert progress.finished == max(sequence.written for sequence in made) > progress.first_token
+    assert len(ends) == len(SOURCES)
+    assert progress.finished == max(ends) > progress.first_token
     assert timing.decode_seconds == progress.finished - progress.first_token
 
 
@@ -199,7 +220,7 @@ async def test_a_lane_that_dies_fails_the_model(bundle: Path, monkeypatch: pytes
     def broken(_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(generator._lanes._loops[1], "_execute", broken)
+    monkeypatch.setattr(generator._lanes._lanes[1]._loop, "_execute", broken)
     with pytest.raises(EngineFailed, match="the engine of tiny-translation has failed"):
         await collect(backend, call(), prompt=SOURCES)
     await until(lambda: generator._lanes.num_waiting == 0)

@@ -22,6 +22,7 @@ from service.worker.classification.classifier import Classifier
 from service.worker.generation.decoder import BLOCK
 from service.worker.generation.generator import Generator
 from service.worker.generation.prefix_cache import CHUNK
+from service.worker.generation.process_lane import ProcessLane
 from service.worker.load import load_models
 from service.worker.local import LocalBackend
 
@@ -72,25 +73,31 @@ def test_a_translator_s_memory_is_all_for_sources_and_translations(tmp_path: Pat
     settings = make_settings(bundle, kv_cache_bytes=64 * 1024 * 4)  # 512 bytes a token, on either side
     (generator,) = load_models(settings, metrics_of(settings))
     assert isinstance(generator, Generator)
-    assert (generator._max_rows, generator._num_blocks) == (3, 0)
+    assert generator._max_rows == 3
 
 
-def test_every_thread_takes_a_translation_s_steps_and_all_of_them_a_chat_s(
+def test_every_thread_is_a_lane_of_a_translation_and_all_of_them_one_of_a_chat(
     chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load, "available_threads", lambda: 3)
     translation = tiny_translator.tiny_translation_bundle(tmp_path / "translation")
-    for wanted, num_threads in [(0, 3), (2, 2)]:
+    for wanted, num_lanes in [(0, 3), (2, 2), (40, 8)]:
         settings = replace(make_settings(chat, translation), threads=wanted)
-        of_chat, of_translation = map(engines_of, load_models(settings, metrics_of(settings)))
-        assert [engine._session.threads for engine in of_chat] == [num_threads]
-        assert [engine._decoder.threads for engine in of_translation] == [1] * num_threads
-        assert len({engine._decoder for engine in of_translation}) == 1  # its weights are in memory once
+        (of_chat,), of_translation = map(lanes_of, load_models(settings, metrics_of(settings)))
+        assert of_chat._engine._session.threads == (wanted or 3)
+        assert [type(lane) for lane in of_translation] == [ProcessLane] * num_lanes
 
 
-def engines_of(generator: Classifier | Generator) -> list[Any]:
+def test_where_there_is_one_thread_no_process_is_needed(tmp_path: Path) -> None:
+    translation = tiny_translator.tiny_translation_bundle(tmp_path / "translation")
+    settings = replace(make_settings(translation), threads=1)
+    ((lane,),) = map(lanes_of, load_models(settings, metrics_of(settings)))
+    assert lane._engine._decoder.threads == 1
+
+
+def lanes_of(generator: Classifier | Generator) -> list[Any]:
     assert isinstance(generator, Generator)
-    return [loop._engine for loop in generator._lanes._loops]
+    return list(generator._lanes._lanes)
 
 
 @pytest.mark.parametrize(("max_batch", "expected"), [(0, [16, 32]), (5, [5, 5])])

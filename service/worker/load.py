@@ -1,6 +1,7 @@
 """From settings to served models: finds the bundles, checks them, opens their engines, warms them up."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,17 @@ from service.worker.classification.classifier import Classifier
 from service.worker.classification.engine import ClassificationEngine
 from service.worker.generation.attend import Attending
 from service.worker.generation.attention_graph import GRAPH as ATTENTION_GRAPH
-from service.worker.generation.decoder import DecoderEngine, kv_bytes_per_token
+from service.worker.generation.decoder import GRAPH, DecoderEngine, kv_bytes_per_token, vocabulary_of
 from service.worker.generation.generator import Generator
 from service.worker.generation.kv_budget import KvPlan, divide, kv_budget
+from service.worker.generation.lane_messages import Load
+from service.worker.generation.lanes import Lane
+from service.worker.generation.loop import Engine
+from service.worker.generation.outputs import Outputs
+from service.worker.generation.process_lane import ProcessLane
+from service.worker.generation.prompt_tokenizer import PromptTokenizer
+from service.worker.generation.prompts import PromptReader
+from service.worker.generation.thread_lane import ThreadLane
 from service.worker.generation.translator import TranslatorEngine
 from service.worker.machine import available_memory, available_threads
 from service.worker.pull import default_cache, open_bundle, pull, ready_bundle
@@ -24,6 +33,7 @@ _log = logging.getLogger("attnd.load")
 SHIPPED = Path(__file__).parents[2] / "model" / "zoo"
 MANIFEST = "manifest.json"
 CHAT = "chat"  # the shipped model whose graph other weights can be bound to
+MAX_LANES = 8  # of a translation: more than one event loop can keep busy, and each has the weights and K/V of its own
 MAX_BATCH = {"generation": 16, "translation": 32}  # with more a translation's step costs as much a row as with these
 
 
@@ -101,10 +111,10 @@ def _open_classifier(bundle: Bundle, settings: Settings, metrics: Metrics) -> Cl
 
 
 def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Generator:
-    """A chat's steps follow one another, and each computes on all threads. A translation's are taken by every thread.
+    """A chat's steps follow one another, and each computes on all threads. A translation has a lane for each of them.
 
     Such a step, a chat's twentieth, is over before a second thread has woken, and what it reads is no other's prefix.
-    Where a classifier is served in the same process its threads compete with these for the same cores, and the system
+    Where a classifier is served beside them its threads compete with the lanes for the same cores, and the system
     shares them out; a classifier's runs are short, so that a step then takes longer by a few of them.
     """
     is_chat = bundle.manifest.task == "generation"
@@ -112,23 +122,22 @@ def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Gen
     max_rows = settings.max_batch or MAX_BATCH[bundle.manifest.task]
     plan = divide(
         kv_budget(settings.kv_cache_bytes, available_memory()),
-        num_lanes=1 if is_chat else threads,
+        num_lanes=1 if is_chat else min(threads, MAX_LANES),
         bytes_per_token=kv_bytes_per_token(bundle),
         max_tokens=bundle.manifest.limits.max_tokens,
         max_rows=max_rows,
         has_prefixes=settings.prefix_cache and is_chat,
     )
-    open_engines = _decoder if is_chat else _translators
-    engines = open_engines(bundle, plan, settings, threads=threads)
-    for engine in engines:
-        engine.warm_up()
     if plan.max_rows < max_rows:
         _log.warning("%s: keys and values of %d outputs fit, not of max_batch", bundle.manifest.id, plan.max_rows)
+    tokenizer = PromptTokenizer(bundle.tokenizer_path)
+    vocab_size = vocabulary_of(bundle.graph(GRAPH))
+    outputs = Outputs(bundle, tokenizer, vocab_size=vocab_size)
     return Generator(
         bundle,
-        engines,
+        (_chat_lanes if is_chat else _translation_lanes)(bundle, plan, settings, outputs, threads=threads),
         metrics,
-        vocab_size=engines[0].vocab_size,
+        prompts=PromptReader(bundle, tokenizer, vocab_size=vocab_size),
         max_rows=plan.max_rows,
         max_waiting=settings.max_queue_outputs,
         num_blocks=plan.num_blocks,
@@ -143,7 +152,8 @@ def _attending(bundle: Bundle, settings: Settings) -> Attending | None:
     return Attending(bundle, max_bytes=settings.max_attention_bytes)
 
 
-def _decoder(bundle: Bundle, plan: KvPlan, settings: Settings, *, threads: int) -> list[DecoderEngine]:
+def _chat_lanes(bundle: Bundle, plan: KvPlan, settings: Settings, outputs: Outputs, *, threads: int) -> Sequence[Lane]:
+    """One, whose steps compute on all `threads`."""
     engine = DecoderEngine(
         bundle,
         num_slots=plan.num_slots,
@@ -153,11 +163,26 @@ def _decoder(bundle: Bundle, plan: KvPlan, settings: Settings, *, threads: int) 
         fallback=settings.provider_fallback,
         spin=True,  # a chat's step has some 300 nodes, most of them short: two thirds of the time with one row
     )
-    return [engine]
+    engine.warm_up()
+    return [_thread_lane(bundle, engine, plan, outputs)]
 
 
-def _translators(bundle: Bundle, plan: KvPlan, settings: Settings, *, threads: int) -> list[TranslatorEngine]:
-    """One for each of `threads`, each of which computes its own steps."""
+def _translation_lanes(
+    bundle: Bundle, plan: KvPlan, settings: Settings, outputs: Outputs, *, threads: int
+) -> Sequence[Lane]:
+    """One for each of `threads`.
+
+    Each is a process of its own, where there are several and the system can hand over a socket.
+    """
+    if threads > 1 and os.name == "posix":
+        load = Load(
+            str(bundle.directory),
+            plan.max_rows,
+            provider=settings.provider,
+            fallback=settings.provider_fallback,
+            log_level=settings.log_level,
+        )
+        return [ProcessLane(load) for _ in range(min(threads, MAX_LANES))]
     engine = TranslatorEngine(
         bundle,
         num_slots=plan.num_slots,
@@ -165,4 +190,9 @@ def _translators(bundle: Bundle, plan: KvPlan, settings: Settings, *, threads: i
         provider=settings.provider,
         fallback=settings.provider_fallback,
     )
-    return [engine, *(engine.twin() for _ in range(threads - 1))]
+    engine.warm_up()
+    return [_thread_lane(bundle, engine, plan, outputs)]
+
+
+def _thread_lane(bundle: Bundle, engine: Engine, plan: KvPlan, outputs: Outputs) -> ThreadLane:
+    return ThreadLane(engine, outputs, max_rows=plan.max_rows, num_blocks=plan.num_blocks, name=bundle.manifest.id)

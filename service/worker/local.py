@@ -40,7 +40,7 @@ class LocalBackend:
         """Load every bundle, in a thread, so that probes are answered meanwhile. Raises BundleError, ConfigError."""
         loaded = await asyncio.to_thread(self._load)
         for one in loaded:
-            one.start()
+            await one.start()
             self._served[one.info.id] = one
         self._models = [one.info for one in self._served.values()]
         self._refusal = None

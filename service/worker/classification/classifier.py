@@ -73,7 +73,7 @@ class Classifier:
             max_inputs=max_inputs,
         )
 
-    def start(self) -> None:
+    async def start(self) -> None:
         self._jobs.start()
 
     @property

@@ -1,7 +1,7 @@
-"""One served generation model: admission, prompts, the engine loops, events.
+"""One served generation model: admission, prompts, the lanes that write, events.
 
-Everything here runs on the asyncio thread, except what the engine threads call and the reading of long prompts (a
-worker thread). A request that is left, in whatever way, is closed in `generate`'s finally, and nowhere else.
+Everything here runs on the asyncio thread, except what the lanes call and the reading of long prompts (a worker
+thread). A request that is left, in whatever way, is closed in `generate`'s finally, and nowhere else.
 """
 
 import asyncio
@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
-from itertools import chain
 
 from service.domain import (
     Call,
@@ -26,23 +25,23 @@ from service.metrics import Metrics
 from service.worker.bundle import Bundle
 from service.worker.generation.attend import Attending
 from service.worker.generation.beam_search import check_beams
-from service.worker.generation.lanes import Lanes
-from service.worker.generation.loop import Done, Engine, Events, GenerationLoop
-from service.worker.generation.outputs import Outputs, num_places
+from service.worker.generation.lanes import Lane, Lanes
+from service.worker.generation.outputs import num_places, plans
 from service.worker.generation.prefix_cache import CHUNK
-from service.worker.generation.prompt_tokenizer import PromptTokenizer
 from service.worker.generation.prompts import PromptReader, num_characters
-from service.worker.generation.scheduler import Scheduler, slots_for
-from service.worker.generation.sequence import Job, Prompt, Sequence
+from service.worker.generation.report import Ended, Report
+from service.worker.generation.scheduler import slots_for
+from service.worker.generation.sequence import Job, Prompt
 
 LONG_TEXT = 4096  # characters from which on tokenizing would hold up the event loop (about 1 ms)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reader:
-    """Whoever reads a request's events: where they wait for it, and whether it has left."""
+    """Whoever reads a request's events: where they wait for it, what has ended of it, and whether it has left."""
 
     events: "asyncio.Queue[Event | AttndError]" = field(default_factory=asyncio.Queue)
+    ended: list[Ended] = field(default_factory=list)
     left: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -52,60 +51,39 @@ class Generator:
     def __init__(
         self,
         bundle: Bundle,
-        engines: Several[Engine],
+        lanes: Several[Lane],
         metrics: Metrics,
         *,
-        vocab_size: int,
+        prompts: PromptReader,
         max_rows: int,
         max_waiting: int,
         num_blocks: int,
         attending: Attending | None = None,
     ) -> None:
-        """Each engine takes steps of up to `max_rows` rows, beside the others and of outputs of its own.
+        """Each lane takes steps of up to `max_rows` rows, and has `num_blocks` for the beginnings of prompts.
 
         `attending` None: the model's attention cannot be told.
         """
         manifest = bundle.manifest
-        assert manifest.generation is not None
         self.info = ModelInfo(manifest.id, manifest.task, manifest.created, manifest.facts())
         self.attending = attending
-        tokenizer = PromptTokenizer(bundle.tokenizer_path)
-        self._prompts = PromptReader(bundle, tokenizer, vocab_size=vocab_size)
-        self._outputs = Outputs(
-            tokenizer,
-            self._prompts,
-            end_ids=manifest.generation.end_ids,
-            temperature=manifest.generation.temperature,
-            vocab_size=vocab_size,
-        )
+        self._prompts = prompts
         self._metrics = metrics
         self._max_rows = max_rows
-        self._num_rows = len(engines) * max_rows
+        self._num_rows = len(lanes) * max_rows
         self._max_waiting = max_waiting
-        self._num_blocks = num_blocks
-        self._kv_capacity = len(engines) * (slots_for(max_rows) * self._prompts.max_length + num_blocks * CHUNK)
+        self._kv_capacity = len(lanes) * (slots_for(max_rows) * prompts.max_length + num_blocks * CHUNK)
         self._output_seconds = 0.0  # from slot to end lately, for Retry-After
         self._open: dict[Job, Reader] = {}
         self._failure: BaseException | None = None
-        loops = [
-            GenerationLoop(
-                engine,
-                Scheduler(max_rows=max_rows, num_blocks=num_blocks),
-                tell=self._tell_from_thread,
-                publish=self._publish,
-                died=self._died_in_thread,
-                name=f"{manifest.id}-{lane}",
-            )
-            for lane, engine in enumerate(engines)
-        ]
-        self._lanes = Lanes(loops, max_waiting=max_waiting)
+        self._lanes = Lanes(lanes, max_waiting=max_waiting)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         self._asyncio = asyncio.get_running_loop()
         lanes, name = self._lanes, self.info.id
         self._metrics.set_load(name, waiting=lambda: lanes.num_waiting, running=lambda: lanes.num_running)
         self._metrics.set_kv(name, lambda: (lanes.num_kept_tokens, self._kv_capacity), block_tokens=CHUNK)
-        lanes.start()
+        await lanes.start(self._tell, self._died)
 
     @property
     def is_alive(self) -> bool:
@@ -119,9 +97,9 @@ class Generator:
         num_missing = request.num_outputs
         try:
             prompts = await self._read(request)
-            sequences = self._outputs.sequences(request, job, prompts)
+            planned = plans(request, prompts, self._prompts)
             call.progress.tokenized = time.monotonic()
-            self._lanes.add(job, sequences)
+            self._lanes.add(job, request, planned)
             event = await self._next(reader)
             yield Start(self.info.id, sum(len(prompt.ids) for prompt in prompts))
             while True:
@@ -130,8 +108,8 @@ class Generator:
                 if not num_missing:
                     break
                 event = await self._next(reader)
-            call.progress.finished = max(sequence.written for sequence in sequences)
-            yield End(_usage(prompts, sequences), call.progress.generate_timing(time.monotonic()))
+            call.progress.finished = max([one.at for one in reader.ended])
+            yield End(_usage(request, prompts, reader.ended), call.progress.generate_timing(time.monotonic()))
         finally:
             alarm.cancel()
             self._close(job, is_abandoned=num_missing > 0)
@@ -195,49 +173,47 @@ class Generator:
             reader.events.put_nowait(error)
             self._close(job)
 
-    # --- engine threads
+    # --- from the lanes, in whatever thread
 
-    def _tell_from_thread(self, events: Events) -> None:
-        self._asyncio.call_soon_threadsafe(self._tell, events)
+    def _tell(self, report: Report) -> None:
+        self._asyncio.call_soon_threadsafe(self._take, report)
 
-    def _publish(self, done: Done) -> None:
-        """The event loop is not woken for nothing: that would cost as much as a step of a small model."""
-        if done.events:
-            self._tell_from_thread(done.events)
-        for sequence in done.failed:
-            error = EngineFailed(f"the engine failed on output {sequence.index}")
-            self._asyncio.call_soon_threadsafe(self._fail, sequence.job, error)
-        for seconds in done.slot_seconds:  # an estimate: lanes may overwrite what the other has just learned
-            self._output_seconds = 0.9 * self._output_seconds + 0.1 * seconds if self._output_seconds else seconds
-        self._count(done)
-
-    def _count(self, done: Done) -> None:
-        metrics, name, step = self._metrics, self.info.id, done.step
-        chunks = [*chain.from_iterable(step.sources), *step.chunks]
-        metrics.observe_step(
-            name,
-            rows=len(step.rows),
-            prefill_tokens=sum(chunk.end - chunk.start for chunk in chunks),
-            prefill_seconds=done.prefill_seconds,
-            decode_seconds=done.decode_seconds,
-        )
-        for chunk in step.chunks:
-            sequence = chunk.sequence
-            if self._num_blocks and chunk.start == sequence.num_cached and not sequence.is_echoed:  # its first
-                metrics.observe_prefix(name, queried=len(sequence.prompt.ids), hit=sequence.num_cached)
-        for job in step.released:
-            if job.closed_at is not None:
-                metrics.observe_released(name, done.begun - job.closed_at)
-
-    def _died_in_thread(self, error: BaseException) -> None:
+    def _died(self, error: BaseException) -> None:
         self._asyncio.call_soon_threadsafe(self._die, error)
 
     # --- asyncio thread again
 
-    def _tell(self, events: Events) -> None:
-        for job, event in events:
+    def _take(self, report: Report) -> None:
+        """What ended comes first: with its last event a request is over."""
+        for job, ended in report.ended:
+            self._learn(ended.slot_seconds)
+            if (reader := self._open.get(job)) is not None:
+                reader.ended.append(ended)
+        for job, event in report.events:
             if (reader := self._open.get(job)) is not None:
                 reader.events.put_nowait(event)
+        for job, index in report.failed:
+            self._fail(job, EngineFailed(f"the engine failed on output {index}"))
+        self._count(report)
+
+    def _learn(self, slot_seconds: float) -> None:
+        before = self._output_seconds
+        self._output_seconds = 0.9 * before + 0.1 * slot_seconds if before else slot_seconds
+
+    def _count(self, report: Report) -> None:
+        metrics, name = self._metrics, self.info.id
+        for step in report.steps:
+            metrics.observe_step(
+                name,
+                rows=step.rows,
+                prefill_tokens=step.prefill_tokens,
+                prefill_seconds=step.prefill_seconds,
+                decode_seconds=step.decode_seconds,
+            )
+        for queried, found in report.prefixes:
+            metrics.observe_prefix(name, queried=queried, hit=found)
+        for seconds in report.released:
+            metrics.observe_released(name, seconds)
 
     def _die(self, error: BaseException) -> None:
         self._failure = error
@@ -247,7 +223,7 @@ class Generator:
     # --- the end
 
     async def aclose(self, timeout_s: float) -> None:
-        """Wait up to `timeout_s` seconds for open requests, fail those that remain, end the engine threads."""
+        """Wait up to `timeout_s` seconds for open requests, fail those that remain, end the lanes."""
         leaving = [asyncio.ensure_future(reader.left.wait()) for reader in self._open.values()]
         if leaving:
             _, staying = await asyncio.wait(leaving, timeout=timeout_s)
@@ -257,13 +233,13 @@ class Generator:
             self._fail(job, Unavailable("the server is stopping", code="draining"))
         if self.attending is not None:
             await self.attending.aclose(timeout_s)
-        await asyncio.to_thread(self._lanes.stop)
+        await self._lanes.stop()
 
 
-def _usage(prompts: Several[Prompt], sequences: Several[Sequence]) -> GenerateUsage:
-    """A prompt counts once, however many outputs it has: those of its first."""
+def _usage(request: GenerateRequest, prompts: Several[Prompt], ended: Several[Ended]) -> GenerateUsage:
+    """A prompt counts once, however many outputs it has: what the first of them found in the cache."""
     return GenerateUsage(
-        prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
-        completion_tokens=sum(one.output.num_tokens for one in sequences),
-        cached_tokens=sum(one.num_cached for one in sequences[:: len(sequences) // len(prompts)]),
+        prompt_tokens=sum([len(prompt.ids) for prompt in prompts]),
+        completion_tokens=sum([one.num_written for one in ended]),
+        cached_tokens=sum([one.num_cached for one in ended if one.index % request.n == 0]),
     )

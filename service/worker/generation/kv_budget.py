@@ -41,7 +41,7 @@ def divide(
     """
     slot_bytes = max_tokens * bytes_per_token
     if budget < num_lanes * slot_bytes:
-        each = f" in each of {num_lanes} threads" if num_lanes > 1 else ""
+        each = f" in each of {num_lanes} lanes" if num_lanes > 1 else ""
         message = (
             f"kv_cache_bytes: {budget} bytes do not hold one sequence of {max_tokens} tokens{each}, "
             f"which takes {num_lanes * slot_bytes} ({bytes_per_token} a token)"

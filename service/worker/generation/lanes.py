@@ -1,33 +1,77 @@
-"""The engine loops of one generation model side by side, its lanes, and the queue before all of them.
+"""The lanes of one generation model, each an engine loop with rows of its own, and the queue before all of them.
 
 Everything here runs on the asyncio thread. An output goes to the lane with the fewest rows and stays there, so that one
 request at a time always finds the same lane, and the sentences of a long text find all. The beams of a search are one
-sequence and stay together. Knows neither what a lane does nor what it takes for that.
+sequence and stay together. Knows neither what a lane does nor where: in a thread of this process, or in another one.
 """
 
+import asyncio
+from collections.abc import Callable
 from collections.abc import Sequence as Several
+from typing import Protocol
 
+from service.domain import GenerateRequest
 from service.errors import Overloaded
-from service.worker.generation.loop import GenerationLoop
-from service.worker.generation.sequence import Job, Sequence
+from service.worker.generation.outputs import OutputPlan
+from service.worker.generation.report import Report
+from service.worker.generation.sequence import Job
+
+Tell = Callable[[Report], None]
+Died = Callable[[BaseException], None]
+
+
+class Lane(Protocol):
+    """ThreadLane and ProcessLane. Called on the asyncio thread; `start` comes before all else, `stop` after it."""
+
+    async def start(self, tell: Tell, died: Died) -> None:
+        """`tell` is called with every report, in whatever thread, `died` once if the lane ends other than by `stop`."""
+        ...
+
+    async def stop(self) -> None:
+        """Let the step under way end; what still waits is left to the caller."""
+        ...
+
+    def add(self, job: Job, request: GenerateRequest, plans: Several[OutputPlan]) -> None:
+        """Queue some outputs of one job."""
+        ...
+
+    def close(self, job: Job) -> None:
+        """Nobody waits for `job` any more: its slots are free before the next step. It may be unknown here."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """Outputs and beams without a slot."""
+        ...
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Tokens whose K/V are in use."""
+        ...
 
 
 class Lanes:
     """`max_waiting` bounds the outputs and beams, of all lanes together, that were admitted and have no slot yet."""
 
-    def __init__(self, loops: Several[GenerationLoop], *, max_waiting: int) -> None:
-        self._loops = loops
+    def __init__(self, lanes: Several[Lane], *, max_waiting: int) -> None:
+        self._lanes = lanes
         self._max_waiting = max_waiting
         self._coming: set[Job] = set()  # admitted, but their prompts are still being read
 
-    def start(self) -> None:
-        for loop in self._loops:
-            loop.start()
+    async def start(self, tell: Tell, died: Died) -> None:
+        """All of them or none. Raises what a lane raises."""
+        starting = [lane.start(tell, died) for lane in self._lanes]
+        failures = await asyncio.gather(*starting, return_exceptions=True)
+        if any(failures):
+            started = [lane for lane, failure in zip(self._lanes, failures, strict=True) if failure is None]
+            await asyncio.gather(*(lane.stop() for lane in started))
+            raise next(filter(None, failures))
 
-    def stop(self) -> None:
-        """See EngineThreads.stop."""
-        for loop in self._loops:
-            loop.stop()
+    async def stop(self) -> None:
+        await asyncio.gather(*(lane.stop() for lane in self._lanes))
 
     def admit(self, job: Job) -> None:
         """Take the places that `job` needs, before any work is done for it. Raises Overloaded."""
@@ -40,33 +84,34 @@ class Lanes:
             raise Overloaded(message)
         self._coming.add(job)
 
-    def add(self, job: Job, sequences: Several[Sequence]) -> None:
-        """Queue the outputs of one admitted job; of a search the beam that leads."""
+    def add(self, job: Job, request: GenerateRequest, plans: Several[OutputPlan]) -> None:
+        """Queue the outputs of one admitted job."""
         self._coming.discard(job)
-        num_rows = [loop.num_waiting + loop.num_running for loop in self._loops]
-        shares: list[list[Sequence]] = [[] for _ in self._loops]
-        for sequence in sequences:
-            lane = num_rows.index(min(num_rows))
-            num_rows[lane] += len(sequence.rows)
-            shares[lane].append(sequence)
-        for loop, share in zip(self._loops, shares, strict=True):
+        num_rows = [lane.num_waiting + lane.num_running for lane in self._lanes]
+        shares: list[list[OutputPlan]] = [[] for _ in self._lanes]
+        for plan in plans:
+            at = num_rows.index(min(num_rows))
+            num_rows[at] += request.num_beams
+            shares[at].append(plan)
+        for lane, share in zip(self._lanes, shares, strict=True):
             if share:
-                loop.add(share)
+                lane.add(job, request, share)
 
     def close(self, job: Job) -> None:
         """Nobody waits for `job` any more: its places are free now, its slots before each lane's next step."""
         self._coming.discard(job)
-        for loop in self._loops:
-            loop.close(job)
+        job.is_closed = True
+        for lane in self._lanes:
+            lane.close(job)
 
     @property
     def num_waiting(self) -> int:
-        return sum(job.num_places for job in self._coming) + sum(loop.num_waiting for loop in self._loops)
+        return sum(job.num_places for job in self._coming) + sum(lane.num_waiting for lane in self._lanes)
 
     @property
     def num_running(self) -> int:
-        return sum(loop.num_running for loop in self._loops)
+        return sum(lane.num_running for lane in self._lanes)
 
     @property
     def num_kept_tokens(self) -> int:
-        return sum(loop.num_kept_tokens for loop in self._loops)
+        return sum(lane.num_kept_tokens for lane in self._lanes)

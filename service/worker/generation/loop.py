@@ -1,6 +1,6 @@
 """The engine loop of a generation model, or one of its lanes: in a thread, steps from the scheduler are executed.
 
-The asyncio thread adds work; a step's events go back through `tell` for prompts, as soon as they are read, for a first
+Another thread adds work; a step's events go back through `tell` for prompts, as soon as they are read, for a first
 token need not wait until the rows are done, and through `publish` for all others. The lock around the scheduler is all
 that both threads share. A job's progress is marked by all lanes that its outputs are in, without a lock: where two find
 nothing there, the later mark stays, and both are of about that time.
@@ -48,30 +48,31 @@ class Engine(Protocol):
 
 @dataclass(slots=True)
 class Done:
-    """What a step gave: the `events` not told before, in order, and the outputs that `failed`.
+    """What a step gave: the `events` not told before, in order, and the outputs that `ended` or `failed`.
 
-    `begun` is a `time.monotonic()` instant; `slot_seconds`: how long each output that ended had had its slot.
+    `begun` is a `time.monotonic()` instant.
     """
 
     step: Step
     begun: float
     events: Events = field(default_factory=list)
+    ended: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
-    slot_seconds: list[float] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
 
 class GenerationLoop:
-    """`tell` and `publish` are called in the engine thread, `publish` after every step; `died` once, if it ends other
-    than by `stop`."""
+    """All three are called in the engine thread: `publish` after every step, `tell` amid one with what it gave so far,
+    `died` once, if the thread ends other than by `stop`.
+    """
 
     def __init__(
         self,
         engine: Engine,
         scheduler: Scheduler,
         *,
-        tell: Callable[[Events], None],
+        tell: Callable[[Done], None],
         publish: Callable[[Done], None],
         died: Callable[[BaseException], None],
         name: str,
@@ -83,7 +84,7 @@ class GenerationLoop:
             self._next_step, lambda step: publish(self._execute(step)), died=died, num_threads=1, name=name
         )
 
-    # --- from the asyncio thread
+    # --- from another thread
 
     def start(self) -> None:
         self._threads.start()
@@ -101,14 +102,6 @@ class GenerationLoop:
         """See Scheduler.close."""
         with self._threads.has_work:
             self._scheduler.close(job)
-
-    @property
-    def num_waiting(self) -> int:
-        return self._scheduler.num_waiting
-
-    @property
-    def num_running(self) -> int:
-        return self._scheduler.num_running
 
     @property
     def num_kept_tokens(self) -> int:
@@ -137,8 +130,8 @@ class GenerationLoop:
         for chunk in step.chunks:
             self._prefill(chunk, done)
         if done.events and step.rows:
-            self._tell(done.events)
-            done.events = []
+            self._tell(done)
+            done.events, done.ended = [], []
         prefilled = time.monotonic()
         if step.rows:
             self._decode(step, done)
@@ -239,7 +232,7 @@ class GenerationLoop:
             sequence.last_id = output.last_id
         if output.is_finished:
             self._scheduler.finish(sequence)
-            done.slot_seconds.append(now - sequence.started)
+            done.ended.append(sequence)
 
     def _fail(self, sequences: Several[Sequence], error: Exception | None, done: Done) -> None:
         if error is not None:

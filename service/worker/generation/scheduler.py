@@ -54,8 +54,9 @@ class Scheduler:
 
     @property
     def num_kept_tokens(self) -> int:
-        """Tokens whose K/V are in use: those of rows that hold a slot, and those of the prefix cache."""
-        return sum(one.num_computed for one in (*self._rows, *self._prefilling)) + CHUNK * self._cache.num_used
+        """Tokens whose K/V are in use: those of rows that hold a slot and go on, and those of the prefix cache."""
+        rows = (*self._rows, *self._prefilling)
+        return sum([one.num_computed for one in rows if not one.has_left]) + CHUNK * self._cache.num_used
 
     # --- from the asyncio thread
 

@@ -1,0 +1,207 @@
+"""A lane in a process of its own, as seen by the server: it is told what to write, and its reports come back.
+
+Threads of one process take turns at Python, and a small model's steps leave half of their time to it: with lanes in
+threads a quarter of two cores lies idle. A process ends with its server: its socket is closed then, however that came.
+"""
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from itertools import count
+
+from service.domain import GenerateRequest
+from service.errors import BundleError, ConfigError, EngineFailed
+from service.worker.generation.lane_messages import (
+    Add,
+    Close,
+    Frames,
+    Load,
+    Marks,
+    Ready,
+    Refused,
+    Told,
+    ToProcess,
+    decode_to_server,
+    framed,
+)
+from service.worker.generation.lanes import Died, Tell
+from service.worker.generation.outputs import OutputPlan
+from service.worker.generation.report import Report
+from service.worker.generation.sequence import Job
+
+LAST_STEP_S = 30.0  # that a process may take to end before it is killed
+
+
+@dataclass(slots=True)
+class _Share:
+    """What this lane writes of a job: so many rows, `width` an output."""
+
+    number: int
+    width: int
+    num_rows: int
+
+
+class ProcessLane:
+    """See Lane. `tell` is called on the asyncio thread.
+
+    What runs and what waits is counted here: an output takes a row as soon as one is free, so that only those over
+    `load.max_rows` wait.
+    """
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._numbers = count()
+        self._jobs: dict[int, Job] = {}
+        self._shares: dict[Job, _Share] = {}
+        self._num_rows = 0
+        self.num_kept_tokens = 0
+
+    async def start(self, tell: Tell, died: Died) -> None:
+        """Raises BundleError, ConfigError and EngineFailed."""
+        process, channel = await asyncio.to_thread(_started, self._load)
+        gone = EngineFailed(f"process {process.pid}, which writes for this model, has ended")
+        self._process, self._tell = process, tell
+        self._ends = _Ends(self._hear, lambda: died(gone))
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.create_unix_connection(lambda: self._ends, sock=channel)
+
+    async def stop(self) -> None:
+        self._ends.is_expected = True
+        self._transport.close()
+        await asyncio.to_thread(_end, self._process)
+
+    def add(self, job: Job, request: GenerateRequest, plans: Several[OutputPlan]) -> None:
+        if job.is_closed:
+            return
+        share = _Share(next(self._numbers), request.num_beams, len(plans) * request.num_beams)
+        self._jobs[share.number], self._shares[job] = job, share
+        self._num_rows += share.num_rows
+        prompts = list(dict.fromkeys(plan.prompt for plan in plans))
+        self._say(
+            Add(
+                share.number,
+                job.num_places,
+                job.wants_tokens,
+                request,
+                [(prompt.index, list(prompt.ids)) for prompt in prompts],
+                [(prompts.index(plan.prompt), plan.index, plan.seed, plan.max_tokens) for plan in plans],
+            )
+        )
+
+    def close(self, job: Job) -> None:
+        if (share := self._shares.get(job)) is not None:
+            self._forget(job, share)
+            self._say(Close(share.number, job.closed_at))
+
+    @property
+    def num_waiting(self) -> int:
+        return max(0, self._num_rows - self._load.max_rows)
+
+    @property
+    def num_running(self) -> int:
+        return min(self._num_rows, self._load.max_rows)
+
+    def _say(self, message: ToProcess) -> None:
+        self._transport.write(framed(message))
+
+    def _hear(self, told: Told) -> None:
+        """What is told of jobs that were closed meanwhile concerns nobody."""
+        jobs = self._jobs
+        self.num_kept_tokens = told.num_kept_tokens
+        for marks in told.marks:
+            if (job := jobs.get(marks.job)) is not None:
+                _mark(job, marks)
+        report = Report(
+            events=[(job, one.event) for one in told.events if (job := jobs.get(one.job)) is not None],
+            ended=[(job, ended) for number, ended in told.ended if (job := jobs.get(number)) is not None],
+            failed=[(job, index) for number, index in told.failed if (job := jobs.get(number)) is not None],
+            steps=told.steps,
+            released=told.released,
+        )
+        for job, _ in (*report.ended, *report.failed):
+            self._leave(job)
+        self._tell(report)
+
+    def _leave(self, job: Job) -> None:
+        """One output less."""
+        if (share := self._shares.get(job)) is not None:
+            self._num_rows -= share.width
+            share.num_rows -= share.width
+            if not share.num_rows:
+                self._forget(job, share)
+
+    def _forget(self, job: Job, share: _Share) -> None:
+        self._num_rows -= share.num_rows
+        del self._shares[job], self._jobs[share.number]
+
+
+class _Ends(asyncio.Protocol):
+    """The server's end of the channel."""
+
+    def __init__(self, hear: Callable[[Told], None], lost: Callable[[], None]) -> None:
+        self._hear = hear
+        self._lost = lost
+        self._frames = Frames()
+        self.is_expected = False
+
+    def data_received(self, data: bytes) -> None:
+        for body in self._frames.feed(data):
+            told = decode_to_server(body)
+            assert isinstance(told, Told)
+            self._hear(told)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.is_expected:
+            self._lost()
+
+
+def _started(load: Load) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A process that has loaded the model, and this end of its channel. Blocks."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "service.worker.generation.lane_process", str(theirs.fileno())]
+    with theirs:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),))  # noqa: S603
+    try:
+        ours.sendall(framed(load))
+        _await_ready(process, ours)
+    except BaseException:
+        ours.close()
+        _end(process)
+        raise
+    return process, ours
+
+
+def _await_ready(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    frames = Frames()
+    while data := channel.recv(4096):
+        for body in frames.feed(data):
+            match decode_to_server(body):
+                case Ready():
+                    return
+                case Refused(error="ConfigError", message=message, param=param):
+                    raise ConfigError(message, param=param)
+                case Refused(message=message):
+                    raise BundleError(message)
+    raise EngineFailed(f"the process that writes for a model ended with status {process.wait()} before it was ready")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(LAST_STEP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _mark(job: Job, marks: Marks) -> None:
+    progress = job.progress
+    if progress.started is None:
+        progress.started = marks.started
+    if progress.first_token is None:
+        progress.first_token = marks.first_token
+    for gap in marks.gaps:
+        progress.leave_untold(gap)

@@ -1,0 +1,150 @@
+"""A lane's process from within, in a thread of the test: what it says and of whom, and how it ends."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.domain import Finish, GenerateRequest, Progress, PromptTokens, Token, TokenLogprob
+from service.worker.generation import lane_process
+from service.worker.generation.lane_messages import (
+    Add,
+    Close,
+    Frames,
+    Load,
+    Marks,
+    OfFinish,
+    OfPrompt,
+    OfToken,
+    Ready,
+    Refused,
+    Told,
+    ToProcess,
+    ToServer,
+    decode_to_process,
+    decode_to_server,
+    framed,
+)
+from service.worker.generation.lane_process import Channel, Desk, serve
+from service.worker.generation.loop import GenerationLoop
+from service.worker.generation.report import Ended, Report, StepFacts
+from service.worker.generation.sequence import Job
+
+LOGPROB = TokenLogprob(5, "a", b"\xff", float("-inf"), (TokenLogprob(6, "b", b"b", -0.5),))
+REQUEST = GenerateRequest(prompt=["a source"], logit_bias={5: 1.5}, stop=["x"], seed=2**63 - 1, n=2, logprobs=1)
+ADD = Add(7, 2, True, REQUEST, [(0, [3, 4])], [(0, 0, 2**63 + 1, 9), (0, 1, -4, 9)])
+TOLD = Told(
+    [
+        OfToken(7, Token(0, 5, "ä", LOGPROB)),
+        OfFinish(7, Finish(0, "stop", "", 3)),
+        OfPrompt(7, PromptTokens(0, (LOGPROB,))),
+    ],
+    [(7, Ended(0, 3, 0, 12.5, 0.25))],
+    [(7, 1)],
+    [StepFacts(2, 0, 0.0, 0.125)],
+    [0.5],
+    [Marks(7, 1.0, None, [None, 0.5])],
+    17,
+)
+SAID: list[ToServer] = [Ready(), Refused("ConfigError", "no such provider", "provider"), TOLD]
+ASKED: list[ToProcess] = [Load("bundle", 8, "cpu", False, "info"), ADD, Close(7, None), Close(7, 2.5)]
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_messages_arrive_as_they_were_sent_however_their_bytes_are_cut(step: int) -> None:
+    for messages, decode in ((SAID, decode_to_server), (ASKED, decode_to_process)):
+        data, frames = b"".join(map(framed, messages)), Frames()
+        pieces = [data[at : at + step] for at in range(0, len(data), step)]
+        assert [decode(body) for piece in pieces for body in frames.feed(piece)] == messages
+
+
+class OneLane:
+    num_kept_tokens = 17
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.closed: list[Job] = []
+
+    def add(self, job: Job, request: GenerateRequest, plans: list[Any]) -> None:
+        assert (request, [plan.index for plan in plans], plans[0].prompt is plans[1].prompt) == (REQUEST, [0, 1], True)
+        self.jobs.append(job)
+
+    def close(self, job: Job) -> None:
+        self.closed.append(job)
+
+
+class Written:
+    """A channel that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.told: list[Told] = []
+
+    def say(self, message: Told) -> None:
+        self.told.append(message)
+
+
+def test_a_job_is_told_of_until_its_last_output_has_ended() -> None:
+    lane, channel = OneLane(), Written()
+    desk = Desk(lane, channel)  # type: ignore[arg-type]
+    desk.add(ADD)
+    (job,) = lane.jobs
+    job.progress.untold_gaps = [None, 0.5]
+    for index in range(3):  # the last is one too many
+        event = Finish(index, "stop")
+        desk.tell(Report(events=[(job, event)], ended=[(job, Ended(index, 1, 0, 1.0, 1.0))], marked={job}))
+    assert [one.events for one in channel.told] == [[OfFinish(7, Finish(at, "stop"))] for at in range(2)] + [[]]
+    assert [one.marks for one in channel.told] == [[Marks(7, None, None, [None, 0.5])], [Marks(7, None, None, [])], []]
+    assert [one.num_kept_tokens for one in channel.told] == [17] * 3
+    desk.close(7, 1.0)
+    assert lane.closed == []
+
+
+def test_nothing_more_is_told_of_a_closed_job() -> None:
+    lane, channel = OneLane(), Written()
+    desk = Desk(lane, channel)  # type: ignore[arg-type]
+    desk.add(ADD)
+    desk.close(7, 2.5)
+    (job,) = lane.jobs
+    assert (lane.closed, job.closed_at) == ([job], 2.5)
+    stranger = Job(1, Progress())
+    for one in (job, stranger):
+        desk.tell(Report(events=[(one, Finish(0, "stop"))], failed=[(one, 0)], marked={one}, released=[0.5]))
+    assert channel.told == [Told([], [], [], [], [0.5], [], 17)] * 2
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    tiny = pytest.importorskip("tests.tiny_translator", reason="exporting needs torch", exc_type=ImportError)
+    found: Path = tiny.tiny_translation_bundle(tmp_path / "translation")
+    return found
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    """The server's end of the channel of a process that is a thread."""
+    ours, theirs = socket.socketpair()
+    channel = Channel(theirs)
+    thread = threading.Thread(target=serve, args=(channel, channel.hear()))
+    with ours, theirs:
+        ours.settimeout(20)
+        thread.start()
+        yield ours
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_dead_engine_thread_closes_the_channel(
+    bundle: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(lane_process, "configure_logging", print)
+    monkeypatch.setattr(GenerationLoop, "_execute", broken)
+    server.sendall(framed(Load(str(bundle), 8, "cpu", False, "error")))
+    assert server.recv(100) == framed(Ready())
+    server.sendall(framed(ADD))
+    assert server.recv(100) == b""
