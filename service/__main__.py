@@ -6,6 +6,7 @@ the commands of service/cli ask a model, here or at a server.
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from service.cli.flags import add_ask_flags
 from service.config import Settings, add_flags, load_settings
 from service.domain import Call
 from service.errors import AttndError, ConfigError, InvalidRequest
-from service.logs import configure_logging, write_request_line
+from service.logs import RequestLog, configure_logging
 from service.metrics import Metrics
 from service.observed import Observed
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from service.worker.local import LocalBackend
 
 GIL_SWITCH_SECONDS = 0.0005  # engine threads hand back results while the event loop is busy; the default is 5 ms
+GC_OBJECTS = 10_000  # new ones until cycles are looked for; the default, 700, is what a few requests are made of
 
 _COMMON = ("host", "request_timeout", "drain_timeout", "max_body_bytes", "api_key")
 _LOGS = ("latency_buckets", "token_buckets", "vllm_metrics", "log_level", "log_requests")
@@ -115,7 +117,7 @@ def make_metrics(settings: Settings) -> Metrics:
 
 def _observed(backend: Backend, metrics: Metrics, settings: Settings) -> Observed:
     is_logged = settings.log_requests and settings.log_level in ("debug", "info")
-    return Observed(backend, metrics, log=write_request_line if is_logged else None)
+    return Observed(backend, metrics, log=RequestLog().write if is_logged else None)
 
 
 async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -> Stop:
@@ -186,6 +188,8 @@ async def _run(backend: Observed, edges: Sequence[Stop], load: Callable[[], Awai
             if loading.done():
                 loading.result()
                 _log.info("ready: %s", ", ".join(model.id for model in await backend.models()))
+        gc.collect()
+        gc.freeze()  # to look through all that stays would hold up every thread for some 50 ms, every few seconds
         await stopped
         _log.info("draining")
     finally:
@@ -269,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _ask(command, options, settings)
         else:
             sys.setswitchinterval(GIL_SWITCH_SECONDS)
+            gc.set_threshold(GC_OBJECTS)
             _event_loop()(_SERVERS[command](settings))
     except BrokenPipeError:  # whoever read our output has had enough; what is left of it goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,6 +30,12 @@ class Series:
             self._counts[bisect_left(self._bounds, value)] += 1
             self._total += value
 
+    def observe_all(self, values: Iterable[float]) -> None:
+        with self._lock:
+            for value in values:
+                self._counts[bisect_left(self._bounds, value)] += 1
+                self._total += value
+
     def read(self) -> tuple[list[int], float]:
         """How many values are at most each bound, then how many there are, and their sum."""
         with self._lock:

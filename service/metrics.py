@@ -201,7 +201,7 @@ class Metrics:
     def observe_prompt(self, route: str, model: str, num_tokens: int) -> None:
         self.prompt_tokens.labels(route, model).observe(num_tokens)
 
-    def observe_request(self, route: str, model: str, outcome: str, timing: Timing) -> None:
+    def observe_request(self, route: str, model: str, outcome: str, timing: Timing | GenerateTiming) -> None:
         """Count one ended request; all stages, whatever the outcome."""
         total, queue, tokenize, compute = self._stages
         total.labels(route, model, outcome).observe(timing.total_seconds)

@@ -48,6 +48,8 @@ Log = Callable[[dict[str, object]], None]
 
 Result = TypeVar("Result")
 
+_CLASSIFIES = ("classification",)
+
 _OUTCOMES: dict[type[BaseException], str] = {
     InvalidRequest: "invalid",
     TooLarge: "invalid",
@@ -83,16 +85,15 @@ class Observed:
         self._models: list[ModelInfo] = []
 
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
-        model = self._known(request.model, ("classification",))
-        result = await self._counted(self._backend.classify(request, call), call, model)
+        result = await self._counted(self._backend.classify(request, call), call, request.model, _CLASSIFIES)
         usage = result.usage
         fields = {"inputs": len(result.results), "prompt_tokens": usage.prompt_tokens, "truncated": usage.truncated}
         self._succeeded(call, result, fields)
         return result
 
     async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
-        model = self._known(request.model, attention_tasks(request))
-        result = await self._counted(self._backend.attention(request, call), call, model)
+        work = self._backend.attention(request, call)
+        result = await self._counted(work, call, request.model, attention_tasks(request))
         self._metrics.observe_maps(
             result.model, request.reduce, len(result.maps), result.num_bytes, result.timing.total_seconds
         )
@@ -101,19 +102,18 @@ class Observed:
         return result
 
     async def explain(self, request: ExplainRequest, call: Call) -> Explanation:
-        model = self._known(request.model, ("classification",))
-        result = await self._counted(self._backend.explain(request, call), call, model)
+        result = await self._counted(self._backend.explain(request, call), call, request.model, _CLASSIFIES)
         self._succeeded(call, result, {"prompt_tokens": result.usage.prompt_tokens, "method": result.method})
         return result
 
-    async def _counted(self, work: Awaitable[Result], call: Call, model: str) -> Result:
-        """What `work` results in; counted here when it fails. `model` labels a request that fails."""
+    async def _counted(self, work: Awaitable[Result], call: Call, wanted: str | None, tasks: Sequence[str]) -> Result:
+        """What `work` results in; counted here when it fails."""
         in_flight = self._metrics.in_flight_of(call.route)
         in_flight.inc()
         try:
             return await work
         except BaseException as error:
-            self._failed(call, error, model)
+            self._failed(call, error, self._known(wanted, tasks))
             raise
         finally:
             in_flight.dec()
@@ -126,8 +126,7 @@ class Observed:
         self._log(call, result.model, "ok", result.timing, fields)
 
     async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
-        model = self._known(request.model, generation_tasks(request))
-        tally = Tally(call, self._metrics, self._clock, model=model)
+        tally = Tally(call, self._metrics, self._clock)
         in_flight = self._metrics.in_flight_of(call.route)
         in_flight.inc()
         try:
@@ -141,6 +140,7 @@ class Observed:
                 raise EngineFailed("the generation broke off")
         except BaseException as error:
             if tally.end is None:  # what comes after a complete reply is not its outcome
+                tally.model = tally.model or self._known(request.model, generation_tasks(request))
                 self._generated(call, tally, outcome_of(error), self._reason(call, error))
             raise
         finally:
@@ -179,10 +179,9 @@ class Observed:
     def _generated(self, call: Call, tally: Tally, outcome: str, reason: str = "") -> None:
         tally.take_untold()
         timing = tally.timing()
-        as_request = _as_request(timing)
-        self._metrics.observe_request(call.route, tally.model, outcome, as_request)
+        self._metrics.observe_request(call.route, tally.model, outcome, timing)
         self._metrics.observe_generation(call.route, tally.model, outcome, timing, tally.num_tokens)
-        self._log(call, tally.model, outcome, as_request, tally.fields(timing), reason)
+        self._log(call, tally.model, outcome, timing, tally.fields(timing), reason)
 
     def _reason(self, call: Call, error: BaseException) -> str:
         """What to say of `error` in the request's line; what was our own fault is logged with its traceback."""
@@ -191,7 +190,13 @@ class Observed:
         return error.message if isinstance(error, AttndError) else type(error).__name__
 
     def _log(
-        self, call: Call, model: str, outcome: str, timing: Timing, fields: Mapping[str, object], reason: str = ""
+        self,
+        call: Call,
+        model: str,
+        outcome: str,
+        timing: Timing | GenerateTiming,
+        fields: Mapping[str, object],
+        reason: str = "",
     ) -> None:
         if self._write_line is None:
             return
@@ -208,9 +213,3 @@ class Observed:
         if reason:
             line["error"] = reason
         self._write_line(line)
-
-
-def _as_request(timing: GenerateTiming) -> Timing:
-    """A generation's timing in the stages that every request has."""
-    compute_seconds = timing.prefill_seconds + timing.decode_seconds
-    return Timing(timing.queue_seconds, timing.tokenize_seconds, compute_seconds, timing.total_seconds)

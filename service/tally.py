@@ -1,6 +1,5 @@
 """What is known of one generation while its events cross the seam: tokens, gaps between them, how its outputs ended."""
 
-from collections import Counter
 from collections.abc import Callable
 
 from service.domain import Call, End, Event, Finish, GenerateTiming, Start, Token
@@ -26,15 +25,15 @@ class Tally:
         "start",
     )
 
-    def __init__(self, call: Call, metrics: Metrics, clock: Clock, *, model: str) -> None:
-        """`clock` gives seconds as `time.monotonic` does; `model` labels a generation that fails before its start."""
+    def __init__(self, call: Call, metrics: Metrics, clock: Clock) -> None:
+        """`clock` gives seconds as `time.monotonic` does."""
         self._call = call
         self._metrics = metrics
         self._clock = clock
         self._last: dict[int, float] = {}  # output -> when its latest token came
-        self.model = model
+        self.model = ""  # until its start tells
         self.num_tokens = 0
-        self.finish_reasons: Counter[str] = Counter()
+        self.finish_reasons: dict[str, int] = {}
         self.start: Start | None = None
         self.end: End | None = None
 
@@ -68,8 +67,9 @@ class Tally:
         self._metrics.observe_prompt(self._call.route, start.model, start.prompt_tokens)
 
     def _take_finish(self, finish: Finish) -> None:
-        self.finish_reasons[finish.finish_reason] += 1
-        self._metrics.finished_outputs(self.model, finish.finish_reason).inc()
+        reason = finish.finish_reason
+        self.finish_reasons[reason] = self.finish_reasons.get(reason, 0) + 1
+        self._metrics.finished_outputs(self.model, reason).inc()
 
     def _take_end(self, end: End) -> None:
         self.end = end
@@ -84,10 +84,7 @@ class Tally:
         gaps = tuple(self._call.progress.untold_gaps)  # an engine may still be adding to them
         if not gaps:
             return
-        observe_gap = self._metrics.token_gap.labels(self.model).observe
-        for gap in gaps:
-            if gap is not None:
-                observe_gap(gap)
+        self._metrics.token_gap.labels(self.model).observe_all([gap for gap in gaps if gap is not None])
         if self.end is None:  # else its usage has them
             self._metrics.generated_tokens(self.model).inc(len(gaps))
             self.num_tokens += len(gaps)
@@ -117,7 +114,7 @@ class Tally:
             fields |= {
                 "prompt_tokens": self.start.prompt_tokens,
                 "first_token_seconds": round(timing.first_token_seconds, 6),
-                "finish_reasons": dict(self.finish_reasons),
+                "finish_reasons": self.finish_reasons,
             }
         if self.num_tokens > 1 and timing.decode_seconds > 0:
             fields["tokens_per_second"] = round((self.num_tokens - 1) / timing.decode_seconds, 3)

@@ -119,11 +119,17 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_every_field_reaches_the_backend(served: wire.Served, stream: bool) -> None:
-    assert (await generate(served, prompt="x", stream=stream, **FIELDS)).status == 200
+@pytest.mark.parametrize("stream", [{}, {"stream": False}, {"stream": True}])
+async def test_every_field_reaches_the_backend(served: wire.Served, stream: dict[str, bool]) -> None:
+    assert (await generate(served, prompt="x", **stream, **FIELDS)).status == 200
     meant = FIELDS | {"logit_bias": {5: -2.5}, "stop": ("x", "y"), "stop_token_ids": (1, 2)}
     assert served.backend.generations == [generate_request({"prompt": ("x",)} | meant)]
+
+
+async def test_only_a_stream_wants_each_token(served: wire.Served) -> None:
+    for fields in ({}, {"stream": False}, {"stream": True}):
+        await generate(served, prompt="x", **fields)
+    assert [call.wants_tokens for call in served.backend.calls] == [False, False, True]
 
 
 async def test_what_is_not_given_has_the_domains_defaults(served: wire.Served) -> None:
@@ -189,8 +195,9 @@ async def test_a_wrong_field_is_named(served: wire.Served) -> None:
         assert reply.status == (413 if fields.get("prompt") == ["a"] * 129 else 422), fields
         assert reply.json["error"]["param"] == param, fields
         assert (param or "the body") in reply.json["error"]["message"]
+        assert (await generate(served, **{"stream": False, **fields})).json == reply.json, fields
     assert served.backend.generations == []
-    assert served.count("invalid", "/v1/generate") == len(WRONG)
+    assert served.count("invalid", "/v1/generate") == 2 * len(WRONG)
 
 
 async def test_a_model_that_does_not_generate(served: wire.Served) -> None:

@@ -40,6 +40,14 @@ def test_the_text_is_that_of_prometheus_clients_own(bounds: Sequence[float]) -> 
     assert text_of(ours) == text_of_theirs(bounds, observed)
 
 
+def test_many_at_once_are_counted_as_one_by_one() -> None:
+    together, singly = (Histogram("seconds", "Seconds.", (), BOUNDS).labels() for _ in range(2))
+    together.observe_all(VALUES)
+    for value in VALUES:
+        singly.observe(value)
+    assert together.read() == singly.read()
+
+
 def test_without_an_observation_there_is_the_name_alone() -> None:
     assert text_of(Histogram("seconds", "Seconds.", LABELS, BOUNDS)) == text_of_theirs(BOUNDS, [])
 
@@ -56,7 +64,8 @@ def test_nothing_is_lost_between_threads() -> None:
     series = Histogram("seconds", "Seconds.", (), BOUNDS).labels()
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(series.observe, [Slow(0.5)] * 200))
-    assert series.read() == ([0, 0, 200, 200, 200], 100.0)
+        list(threads.map(series.observe_all, [[Slow(0.5)] * 10] * 20))
+    assert series.read() == ([0, 0, 400, 400, 400], 200.0)
 
 
 def test_labels_are_as_many_as_were_declared() -> None:

@@ -362,6 +362,12 @@ async def test_the_line_of_a_good_generation() -> None:
     ]
 
 
+async def test_the_line_counts_outputs_that_ended_alike() -> None:
+    seam = Seam([(0.0, START), (0.0, Finish(0, "stop")), (0.0, Finish(1, "stop")), (0.0, END)])
+    await seam.run()
+    assert seam.lines[0]["finish_reasons"] == {"stop": 2}
+
+
 async def test_the_line_of_a_generation_that_never_started() -> None:
     seam = Seam([(0.5, Overloaded("the queue is full (7)"))])
     with pytest.raises(Overloaded):

@@ -34,6 +34,11 @@ class GenerateTiming:
     first_token_seconds: float
     total_seconds: float
 
+    @property
+    def compute_seconds(self) -> float:
+        """What every request has: from the engine's start on it until it was done with it."""
+        return self.prefill_seconds + self.decode_seconds
+
 
 @dataclass(slots=True)
 class Progress:

@@ -90,15 +90,14 @@ class GenerateEndpoint:
         A client that leaves cancels this, and so closes the backend's generator.
         """
         asked, call = await self.entrance.admit(self.route, self.parse, scope, receive)
-        call = replace(call, wants_tokens=asked.is_stream)
         answer = asked.answer(call.request_id)
+        if not asked.is_stream:
+            # Nothing is left to close: this reads to the end, and whatever cuts it short is raised by the generator.
+            events = self.entrance.backend.generate(asked.request, replace(call, wants_tokens=False))
+            await send_json(send, answer.whole(await collect(events, asked.request.num_outputs)))
+            return
         async with aclosing(self.entrance.backend.generate(asked.request, call)) as events:
-            if not asked.is_stream:
-                transcript = await collect(events, asked.request.num_outputs)
-            else:
-                await _stream(events, answer, scope["path"], call.request_id, send, self.ping_seconds)
-                return
-        await send_json(send, answer.whole(transcript))
+            await _stream(events, answer, scope["path"], call.request_id, send, self.ping_seconds)
 
 
 async def _stream(
@@ -122,8 +121,9 @@ async def _stream(
 
 
 async def collect(events: AsyncGenerator[Event, None], num_outputs: int) -> Transcript:
-    """All `events`, the last of which is an End."""
-    model, usage, timing = "", GenerateUsage(0, 0, 0), GenerateTiming(0, 0, 0, 0, 0, 0)
+    """All `events`: a Start, and in the end an End."""
+    start: Start
+    end: End
     outputs = [Output() for _ in range(num_outputs)]
     prompts: list[tuple[TokenLogprob, ...]] = []
     async for event in events:
@@ -139,7 +139,7 @@ async def collect(events: AsyncGenerator[Event, None], num_outputs: int) -> Tran
         elif type(event) is PromptTokens:
             prompts.append(event.tokens)
         elif type(event) is Start:
-            model = event.model
+            start = event
         elif type(event) is End:
-            usage, timing = event.usage, event.timing
-    return Transcript(model, outputs, usage, timing, prompts)
+            end = event
+    return Transcript(start.model, outputs, end.usage, end.timing, prompts)

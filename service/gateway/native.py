@@ -29,7 +29,8 @@ from service.gateway.bodies import body_model, generate_request, read
 from service.gateway.generation import Asked, Output, Transcript
 from service.validation import invalid
 
-_REQUEST = TypeAdapter(ClassifyRequest)
+_CLASSIFY = TypeAdapter(ClassifyRequest)
+_GENERATE = TypeAdapter(GenerateRequest)
 _FIELDS = tuple(one.name for one in fields(GenerateRequest))
 
 GenerateBody = body_model("GenerateBody", GenerateRequest.__doc__ or "", _FIELDS, nullable=False, stream=(bool, False))
@@ -78,7 +79,7 @@ class Generation:
 def parse(body: bytes, _path: Mapping[str, Any]) -> ClassifyRequest:
     """Raises InvalidRequest."""
     try:
-        return _REQUEST.validate_json(body)
+        return _CLASSIFY.validate_json(body)
     except ValidationError as error:
         raise invalid(error) from None
 
@@ -89,10 +90,13 @@ def render(result: Classification) -> bytes:
 
 def parse_generate(body: bytes, _path: Mapping[str, Any]) -> Asked:
     """Raises InvalidRequest."""
-    sent: Any = read(GenerateBody, body)
-    values = {name: getattr(sent, name) for name in sent.model_fields_set if name != "stream"}
-    request = generate_request(values)
-    return Asked(request, sent.stream, partial(NativeAnswer, request))
+    try:
+        request, is_stream = _GENERATE.validate_json(body), False
+    except ValidationError:  # it has `stream`, or is wrong: the model of the body takes the one and names the other
+        sent: Any = read(GenerateBody, body)
+        request = generate_request({name: getattr(sent, name) for name in sent.model_fields_set if name != "stream"})
+        is_stream = sent.stream
+    return Asked(request, is_stream, partial(NativeAnswer, request))
 
 
 class NativeAnswer:

@@ -54,6 +54,7 @@ class ProcessLane:
 
     def __init__(self, load: Load) -> None:
         self._load = load
+        self._unsaid: list[bytes] = []
         self._numbers = count()
         self._jobs: dict[int, Job] = {}
         self._shares: dict[Job, _Share] = {}
@@ -106,7 +107,14 @@ class ProcessLane:
         return min(self._num_rows, self._load.max_rows)
 
     def _say(self, message: ToProcess) -> None:
-        self._transport.write(framed(message))
+        """What one turn of the event loop has to say goes in one piece: every piece wakes the process."""
+        if not self._unsaid:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsaid.append(framed(message))
+
+    def _flush(self) -> None:
+        self._transport.write(b"".join(self._unsaid))
+        self._unsaid.clear()
 
     def _hear(self, told: Told) -> None:
         """What is told of jobs that were closed meanwhile concerns nobody."""
