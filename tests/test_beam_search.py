@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from service.domain import TokenLogprob
 from service.errors import EngineFailed
 from service.metrics import Metrics
 from service.worker.bundle import load_bundle
-from service.worker.generation.beam_search import Beam, BeamSearch, likeliest_of_rows, placed
+from service.worker.generation.beam_search import Beam, BeamSearch, placed
 from service.worker.generation.generator import Generator
+from service.worker.generation.likeliest import Likeliest
 from service.worker.generation.scheduler import slots_for
 from service.worker.generation.translator import TranslatorEngine
 
@@ -31,9 +33,13 @@ Rows = list[list[int]]  # what each row has read
 Model = Callable[[Rows], Sequence[np.ndarray]]  # (vocabulary,) of each
 
 
+likeliest = cache(Likeliest)
+
+
 def make_search(num_beams: int, **options: Any) -> BeamSearch:
     neutral = {"end_ids": (END_ID,), "min_tokens": 0, "max_tokens": 20, "length_penalty": 1.0}
-    return BeamSearch(num_beams=num_beams, **{**neutral, "describe": lambda logits, token: None, **options})
+    parts = {"likeliest": likeliest(), "describe": lambda logits, token: None}
+    return BeamSearch(num_beams=num_beams, **{**neutral, **parts, **options})
 
 
 def run(search: BeamSearch, model: Model) -> list[tuple[list[int], float]]:
@@ -203,24 +209,3 @@ def test_what_is_not_finite_fails(value: float, row: int) -> None:
     logits[row, 3] = value
     with pytest.raises(EngineFailed):
         search.step(logits)
-
-
-@pytest.mark.parametrize("size", [3, 64, 300, 8000])
-@pytest.mark.parametrize("num_rows", [1, 4])
-@pytest.mark.parametrize("is_rounded", [False, True])
-def test_the_likeliest_of_rows_are_those_of_a_stable_sort(size: int, num_rows: int, is_rounded: bool) -> None:
-    """Rounded ones are full of equals, and the rows' totals are equal, too."""
-    draw = np.random.default_rng(size)
-    logits = draw.standard_normal((num_rows, size)).astype(np.float32) * 3
-    logits = np.tile(np.round(logits[0]), (num_rows, 1)) if is_rounded else logits
-    totals = [-2000.0 if is_rounded else -2000 + float(draw.normal()) for _ in logits]
-    log_p = np.array(totals)[:, None] + torch.from_numpy(logits).double().log_softmax(-1).numpy()
-    order = np.argsort(-log_p.ravel(), kind="stable")[:9]
-    found = likeliest_of_rows(logits, totals, 9)
-    assert [(row, token) for _, row, token in found] == [divmod(int(place), size) for place in order]
-    assert [total for total, _, _ in found] == pytest.approx(log_p.ravel()[order].tolist(), abs=1e-6)
-
-
-def test_what_is_nearly_equal_is_told_apart_behind_a_long_text() -> None:
-    ((_, _, token),) = likeliest_of_rows(np.array([[0, 1, 1.00001]], np.float32), [-2000.0], 1)
-    assert token == 2

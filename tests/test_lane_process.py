@@ -1,8 +1,8 @@
 """A lane's process from within, in a thread of the test: what it says and of whom, and how it ends."""
 
 import socket
-import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class Written:
 def test_a_job_is_told_of_until_its_last_output_has_ended() -> None:
     lane, channel = OneLane(), Written()
     desk = Desk(lane, channel)  # type: ignore[arg-type]
-    desk.add(ADD)
+    desk.take(ADD)
     (job,) = lane.jobs
     job.progress.untold_gaps = [None, 0.5]
     for index in range(3):  # the last is one too many
@@ -98,15 +98,15 @@ def test_a_job_is_told_of_until_its_last_output_has_ended() -> None:
     assert [one.events for one in channel.told] == [[OfFinish(7, Finish(at, "stop"))] for at in range(2)] + [[]]
     assert [one.marks for one in channel.told] == [[Marks(7, None, None, [None, 0.5])], [Marks(7, None, None, [])], []]
     assert [one.num_kept_tokens for one in channel.told] == [17] * 3
-    desk.close(7, 1.0)
+    desk.take(Close(7, 1.0))
     assert lane.closed == []
 
 
 def test_nothing_more_is_told_of_a_closed_job() -> None:
     lane, channel = OneLane(), Written()
     desk = Desk(lane, channel)  # type: ignore[arg-type]
-    desk.add(ADD)
-    desk.close(7, 2.5)
+    desk.take(ADD)
+    desk.take(Close(7, 2.5))
     (job,) = lane.jobs
     assert (lane.closed, job.closed_at) == ([job], 2.5)
     stranger = Job(1, Progress())
@@ -123,28 +123,37 @@ def bundle(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server() -> Iterator[socket.socket]:
-    """The server's end of the channel of a process that is a thread."""
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[socket.socket, Future[None]]]:
+    """The server's end of the channel of a process that is a thread, and how that ends."""
+    monkeypatch.setattr(lane_process, "configure_logging", print)
     ours, theirs = socket.socketpair()
-    channel = Channel(theirs)
-    thread = threading.Thread(target=serve, args=(channel, channel.hear()))
-    with ours, theirs:
+    with ThreadPoolExecutor(1) as threads, ours, theirs:
         ours.settimeout(20)
-        thread.start()
-        yield ours
-    thread.join(20)
-    assert not thread.is_alive()
+        yield ours, threads.submit(serve, Channel(theirs))
 
 
-def test_a_dead_engine_thread_closes_the_channel(
-    bundle: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+def test_what_kills_an_engine_thread_ends_the_process(
+    bundle: Path, ends: tuple[socket.socket, Future[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(lane_process, "configure_logging", print)
+    server, end = ends
     monkeypatch.setattr(GenerationLoop, "_execute", broken)
-    server.sendall(framed(Load(str(bundle), 8, "cpu", False, "error")))
+    load = framed(Load(str(bundle), 8, "cpu", False, "error"))
+    server.sendall(load[:9])
+    server.sendall(load[9:])
     assert server.recv(100) == framed(Ready())
     server.sendall(framed(ADD))
-    assert server.recv(100) == b""
+    with pytest.raises(MemoryError):
+        end.result(20)
+
+
+def test_it_ends_when_the_server_says_no_more(bundle: Path, ends: tuple[socket.socket, Future[None]]) -> None:
+    server, end = ends
+    server.sendall(framed(Load(str(bundle), 8, "cpu", False, "error")))
+    assert server.recv(100) == framed(Ready())
+    server.sendall(framed(ADD)[:-1])
+    server.close()
+    with pytest.raises(EOFError):
+        end.result(20)

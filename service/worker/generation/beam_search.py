@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from service.domain import Event, GenerateRequest, TokenLogprob
 from service.errors import InvalidRequest, TooLarge
+from service.worker.generation.likeliest import Likeliest
 from service.worker.generation.output import Output
-from service.worker.generation.sampling import likeliest, log_sums
 
 Logits = NDArray[np.float32]
 Written = tuple[int, TokenLogprob | None]  # a token, and what the request wants to know of it
@@ -68,6 +68,7 @@ class BeamSearch:
         min_tokens: int,
         max_tokens: int,
         length_penalty: float,
+        likeliest: Likeliest,
         describe: Callable[[Logits, int], TokenLogprob | None],
     ) -> None:
         """`min_tokens` come before the end. `describe` tells of a token that is written what the request asks for."""
@@ -76,6 +77,7 @@ class BeamSearch:
         self._min_tokens = min_tokens
         self._max_tokens = max_tokens
         self._length_penalty = length_penalty
+        self._likeliest = likeliest
         self._describe = describe
         self._rows: list[Beam | None] = placed([Beam()], num_beams)  # at first all beams are the same one
         self._finished: list[Beam] = []
@@ -112,14 +114,20 @@ class BeamSearch:
         self._rows = placed(beams, self._num_beams)
 
     def _candidates(self, logits: Sequence[Logits]) -> list[Candidate]:
-        """The best first: as many that do not end as there are beams, and those between them. None is impossible."""
-        living = [(at, beam) for at, beam in enumerate(self._rows) if beam is not None]
-        block = np.array([logits[at] for at, _ in living])
+        """The best first: as many that do not end as there are beams, and those between them. None is impossible.
+
+        Of equal ones that of the first row comes first, and of its lowest token.
+        """
+        living = [(at, beam.total) for at, beam in enumerate(self._rows) if beam is not None]
         count = self._num_beams + len(living) * len(self._end_ids)  # each of them may end in each way
+        found, tokens = self._likeliest.of(np.array([logits[at] for at, _ in living]), count)
+        sums = (found + np.array([[total] for _, total in living])).ravel()
+        best = np.argsort(-sums, kind="stable")[:count]
+        rows = (best // found.shape[1]).tolist()
         may_end = self._num_tokens > self._min_tokens
         return [
             (total, living[row][0], token)
-            for total, row, token in likeliest_of_rows(block, [beam.total for _, beam in living], count)
+            for total, row, token in zip(sums[best].tolist(), rows, tokens.ravel()[best].tolist(), strict=True)
             if total > -math.inf and (may_end or token not in self._end_ids)
         ]
 
@@ -128,20 +136,6 @@ class BeamSearch:
         beam = self._rows[row]
         assert beam is not None
         return Beam((*beam.written, (token, self._describe(logits[row], token))), total, row)
-
-
-def likeliest_of_rows(logits: Logits, totals: Sequence[float], count: int) -> list[Candidate]:
-    """The `count` greatest sums of a row's total and a token's log-probability, from (rows, vocabulary), in order.
-
-    Of equal ones that of the first row comes first, and of its lowest token. The cut is made in float32, of all rows at
-    once. Raises EngineFailed.
-    """
-    before = np.array(totals) - log_sums(logits)  # what a row's logits are added to
-    scores = (logits + (before - before.max()).astype(np.float32)[:, None]).ravel()
-    rows, tokens = np.divmod(likeliest(scores, min(count, len(scores))), logits.shape[1])
-    sums = before[rows] + logits[rows, tokens]
-    found = zip(sums.tolist(), rows.tolist(), tokens.tolist(), strict=True)
-    return sorted(found, key=lambda one: -one[0])
 
 
 def placed(beams: Sequence[Beam], num_rows: int) -> list[Beam | None]:

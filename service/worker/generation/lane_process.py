@@ -1,14 +1,14 @@
 """The process of a lane: `python -m service.worker.generation.lane_process FD`, FD being its end of a pair of sockets.
 
-The main thread reads what the server says, the engine thread does it and tells of it. It ends when the server closes
-its end, or has gone; signals that are meant for the server are none of its concern.
+One thread does it all, since another would have to be woken: between two steps it looks at what the server says, and
+waits for that where there is nothing to do. It ends when the server closes its end, or has gone; signals that are meant
+for the server are none of its concern.
 """
 
+import logging
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,74 +41,78 @@ from service.worker.generation.sequence import Job, Prompt
 from service.worker.generation.thread_lane import ThreadLane
 from service.worker.generation.translator import TranslatorEngine
 
+_log = logging.getLogger("attnd.engine")
+
 _OF = {Token: OfToken, Finish: OfFinish, PromptTokens: OfPrompt}
 
 
 class Channel:
-    """This end of the sockets. Any thread may speak, one hears. To a server that has gone nothing is said."""
+    """This end of the sockets. To a server that has gone nothing is said."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
-        self._lock = threading.Lock()
+        self._frames = Frames()
 
     def say(self, message: ToServer) -> None:
-        frame = framed(message)
-        with self._lock, suppress(ConnectionError):
-            self._channel.sendall(frame)
-
-    def hear(self) -> Iterator[ToProcess]:
-        """What the server says, until it says no more."""
-        frames = Frames()
         with suppress(ConnectionError):
-            while data := self._channel.recv(1 << 16):
-                for body in frames.feed(data):
-                    yield decode_to_process(body)
+            self._channel.sendall(framed(message))
 
-    def shut(self) -> None:
-        """Say and hear no more."""
-        with suppress(OSError):
-            self._channel.shutdown(socket.SHUT_RDWR)
+    def hear(self, *, wait: bool) -> list[ToProcess]:
+        """What the server has said meanwhile; `wait` until it says something. Raises EOFError when it will not."""
+        try:
+            data = self._channel.recv(1 << 16, 0 if wait else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise EOFError
+        return [decode_to_process(body) for body in self._frames.feed(data)]
+
+    def first(self) -> Load:
+        """What the server says before all else."""
+        while not (messages := self.hear(wait=True)):
+            pass  # a piece of it
+        (load,) = messages
+        assert isinstance(load, Load)
+        return load
 
 
 class Desk:
-    """Between the channel and the lane: jobs have numbers on one side. The lock is for who is known."""
+    """Between the channel and the lane: jobs have numbers on one side."""
 
     def __init__(self, lane: ThreadLane, channel: Channel) -> None:
         self._lane = lane
         self._channel = channel
-        self._lock = threading.Lock()
         self._jobs: dict[int, Job] = {}
         self._numbers: dict[Job, int] = {}
         self._num_left: dict[Job, int] = {}  # outputs, or searches, that have not ended
 
-    def add(self, asked: Add) -> None:
+    def take(self, message: ToProcess) -> None:
+        match message:
+            case Add():
+                self._add(message)
+            case Close(job=number, closed_at=closed_at):
+                self._close(number, closed_at)
+
+    def _add(self, asked: Add) -> None:
         job = Job(asked.num_places, Progress(), asked.wants_tokens)
         prompts = [Prompt(index, ids, is_whole=True) for index, ids in asked.prompts]
         plans = [OutputPlan(prompts[at], index, seed, most) for at, index, seed, most in asked.plans]
-        with self._lock:
-            self._jobs[asked.job], self._numbers[job], self._num_left[job] = job, asked.job, len(plans)
+        self._jobs[asked.job], self._numbers[job], self._num_left[job] = job, asked.job, len(plans)
         self._lane.add(job, asked.request, plans)
 
-    def close(self, number: int, closed_at: float | None) -> None:
-        with self._lock:
-            if (job := self._jobs.get(number)) is None:
-                return
+    def _close(self, number: int, closed_at: float | None) -> None:
+        """It may have ended while the server was saying so."""
+        if (job := self._jobs.get(number)) is not None:
+            job.closed_at = closed_at
             self._forget(job)
-        job.closed_at = closed_at
-        self._lane.close(job)
+            self._lane.close(job)
 
     def tell(self, report: Report) -> None:
-        """In the engine thread. The server knows nothing any more of a job that it has closed."""
-        with self._lock:
-            told = self._told(report)
-            for job, _ in (*report.ended, *report.failed):
-                if job in self._numbers:
-                    self._leave(job)
-        self._channel.say(told)
-
-    def _told(self, report: Report) -> Told:
+        """The server knows nothing any more of a job that it has closed."""
         number = self._numbers.get
-        return Told(
+        told = Told(
             [_OF[type(event)](at, event) for job, event in report.events if (at := number(job)) is not None],
             [(at, ended) for job, ended in report.ended if (at := number(job)) is not None],
             [(at, index) for job, index in report.failed if (at := number(job)) is not None],
@@ -117,6 +121,10 @@ class Desk:
             [_marks(at, job.progress) for job in report.marked if (at := number(job)) is not None],
             self._lane.num_kept_tokens,
         )
+        for job, _ in (*report.ended, *report.failed):
+            if job in self._num_left:
+                self._leave(job)
+        self._channel.say(told)
 
     def _leave(self, job: Job) -> None:
         """One output less."""
@@ -133,10 +141,9 @@ def _marks(number: int, progress: Progress) -> Marks:
     return Marks(number, progress.started, progress.first_token, gaps)
 
 
-def serve(channel: Channel, asked: Iterator[ToProcess]) -> None:
-    """Until the server closes its end. Raises BundleError and ConfigError before it has said that it is ready."""
-    load = next(asked)
-    assert isinstance(load, Load)
+def serve(channel: Channel) -> None:
+    """Raises EOFError when the server closes its end; BundleError and ConfigError if the model cannot be loaded."""
+    load = channel.first()
     configure_logging(load.log_level)
     bundle = load_bundle(Path(load.directory))
     engine = TranslatorEngine(
@@ -146,15 +153,13 @@ def serve(channel: Channel, asked: Iterator[ToProcess]) -> None:
     outputs = Outputs(bundle, PromptTokenizer(bundle.tokenizer_path), vocab_size=engine.vocab_size)
     lane = ThreadLane(engine, outputs, max_rows=load.max_rows, num_blocks=0, name=bundle.manifest.id)
     desk = Desk(lane, channel)
-    lane.open(desk.tell, lambda _: channel.shut())
+    lane.open(desk.tell, print)
     channel.say(Ready())
-    for message in asked:
-        match message:
-            case Add():
-                desk.add(message)
-            case Close(job=number, closed_at=closed_at):
-                desk.close(number, closed_at)
-    lane.shut()
+    is_busy = False
+    while True:
+        for message in channel.hear(wait=not is_busy):
+            desk.take(message)
+        is_busy = lane.step()
 
 
 def main() -> None:
@@ -162,9 +167,14 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     try:
-        serve(channel, channel.hear())
+        serve(channel)
+    except EOFError:
+        pass  # the server ends, or has ended
     except (BundleError, ConfigError) as error:
         channel.say(Refused(type(error).__name__, error.message, error.param))
+    except Exception as error:
+        _log.critical("a lane died", exc_info=error)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

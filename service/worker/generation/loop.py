@@ -80,6 +80,7 @@ class GenerationLoop:
         self._engine = engine
         self._scheduler = scheduler
         self._tell = tell
+        self._publish = publish
         self._threads = EngineThreads(
             self._next_step, lambda step: publish(self._execute(step)), died=died, num_threads=1, name=name
         )
@@ -102,6 +103,13 @@ class GenerationLoop:
         """See Scheduler.close."""
         with self._threads.has_work:
             self._scheduler.close(job)
+
+    def step(self) -> bool:
+        """One step in this thread, where none is started. False: there is nothing to do."""
+        step = self._next_step()
+        if step is not None:
+            self._publish(self._execute(step))
+        return step is not None
 
     @property
     def num_kept_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""A lane in a thread of this process: outputs as plans -> sequences -> the engine loop -> reports."""
+"""A lane of this process: outputs as plans -> sequences -> the engine loop -> reports."""
 
 import asyncio
 from collections.abc import Sequence as Several
@@ -13,7 +13,7 @@ from service.worker.generation.sequence import Job
 
 
 class ThreadLane:
-    """See Lane. `tell` is called in the engine thread.
+    """See Lane. `tell` is called in the engine thread; or in the caller's, if that does the `step`s itself.
 
     `engine` takes steps of up to `max_rows` rows; `num_blocks` are its prefix cache's.
     """
@@ -27,13 +27,16 @@ class ThreadLane:
 
     async def start(self, tell: Tell, died: Died) -> None:
         self.open(tell, died)
+        self._loop.start()
 
     async def stop(self) -> None:
-        await asyncio.to_thread(self.shut)
+        await asyncio.to_thread(self._loop.stop)
+
+    def step(self) -> bool:
+        """What the engine thread does, where there is none (`open` in place of `start`). False: nothing is to do."""
+        return self._loop.step()
 
     def open(self, tell: Tell, died: Died) -> None:
-        """As `start`, where there is no asyncio."""
-
         def tell_now(done: Done) -> None:
             tell(self._reports.tell(done))
 
@@ -44,11 +47,6 @@ class ThreadLane:
         self._loop = GenerationLoop(
             self._engine, self._scheduler, tell=tell_now, publish=publish, died=died, name=self._name
         )
-        self._loop.start()
-
-    def shut(self) -> None:
-        """As `stop`, where there is no asyncio."""
-        self._loop.stop()
 
     def add(self, job: Job, request: GenerateRequest, plans: Several[OutputPlan]) -> None:
         self._loop.add([self._outputs.sequence(job, request, plan) for plan in plans])
