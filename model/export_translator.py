@@ -21,14 +21,15 @@ from model.export_decoder import Options, graph_spec, manifest
 from model.pairs import Pair
 from model.recipes.translation import DATA_HELP
 from model.recipes.translation_corpora import everyday_corpus
-from model.subwords import END_ID, START_ID
+from model.subwords import END_ID, START_ID, subwords_of
 from model.train import load_checkpoint
 from model.transformer import EncoderDecoder
 from model.translator_graph import build_translator
 from model.translator_quality import Sets
-from model.translator_samples import Samples, read_samples
+from model.translator_samples import Samples, samples_for
+from model.translator_vocabulary import number_written_first
 from model.translator_weights import WEIGHTS_FILE, translator_pieces
-from model.verify_translator import read_sources, verify_translator
+from model.verify_translator import sources_of, verify_translator
 from service.worker.bundle import MANIFEST, TOKENIZER, Manifest, file_spec
 from service.worker.weights.checkpoint import Text
 from service.worker.weights.packing import write_pieces
@@ -37,17 +38,25 @@ CREATED = 1_795_305_600  # 22 November 2026; not a file's time, which a copy cha
 
 
 def export_translator(
-    config: ModelConfig, model: EncoderDecoder, tokenizer: str, out: Path, options: Options, *, samples: Samples
+    config: ModelConfig,
+    model: EncoderDecoder,
+    tokenizer: str,
+    out: Path,
+    options: Options,
+    *,
+    samples: Samples,
+    num_written: int,
 ) -> Manifest:
     """Writes all files (not verified yet) into the new directory `out`. Raises ValueError for what cannot be served.
 
-    `samples`: what integers are made for.
+    `samples`: what integers are made for; `num_written`: the first tokens, which have logits.
     """
     out.mkdir(parents=True)
-    parts = translator_pieces(config, model, None if options.precision == "float32" else samples)
+    parts = translator_pieces(config, model, None if options.precision == "float32" else samples, num_written)
     places = write_pieces(out / WEIGHTS_FILE, parts)
     specs = {}
-    for name, graph in build_translator(config, options.precision, places=places, file=WEIGHTS_FILE).items():
+    graphs = build_translator(config, options.precision, places=places, file=WEIGHTS_FILE, num_written=num_written)
+    for name, graph in graphs.items():
         (out / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
         specs[name] = graph_spec(graph, f"{name}.onnx")
     (out / TOKENIZER).write_text(tokenizer, encoding="utf-8")
@@ -71,17 +80,19 @@ def options(checkpoint: Path, *, id: str, licence: str, created: int = CREATED) 
 def export_verified(checkpoint: Path, out: Path, chosen: Options, *, training: Sequence[Pair], sets: Sets) -> bool:
     """Puts the bundle at `out` only if it and its float32 twin pass. Prints every check; says whether all passed."""
     config, model = load_checkpoint(checkpoint, EncoderDecoder)
-    tokenizer = (checkpoint / TOKENIZER).read_text(encoding="utf-8")
-    sources, samples = read_sources(checkpoint, config, sets), read_samples(checkpoint, config, training)
+    tokenizer, num_written = number_written_first(model, (checkpoint / TOKENIZER).read_text("utf-8"), training)
+    subwords = subwords_of(tokenizer)
+    sources, samples = sources_of(config, subwords, sets), samples_for(config, subwords, training)
     reports = {}
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         for precision in ("float32", "int8"):
             new = Path(folder) / precision
-            content = export_translator(
-                config, model, tokenizer, new, replace(chosen, precision=precision), samples=samples
-            )
+            made = replace(chosen, precision=precision)
+            content = export_translator(config, model, tokenizer, new, made, samples=samples, num_written=num_written)
             scored = sets if precision == chosen.precision else {}
-            reports[precision] = verify_translator(new, config, model, sources, samples, sets=scored)
+            reports[precision] = verify_translator(
+                new, config, model, sources, samples, num_written=num_written, sets=scored
+            )
             print(f"{precision}\n{reports[precision].text()}", flush=True)
         passed = all(report.passed for report in reports.values())
         if passed:

@@ -35,7 +35,12 @@ def train_subwords(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def load_subwords(path: Path) -> Tokenizer:
     """Reads tokenizer.json; the names of special tokens in a text are text."""
-    tokenizer = Tokenizer.from_file(str(path))
+    return subwords_of(path.read_text(encoding="utf-8"))
+
+
+def subwords_of(content: str) -> Tokenizer:
+    """As load_subwords, of the file's content."""
+    tokenizer = Tokenizer.from_str(content)
     tokenizer.encode_special_tokens = True
     return tokenizer
 

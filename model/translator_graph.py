@@ -4,15 +4,18 @@ Owns the graphs' form; the weights stand in one file that `translator_weights` h
 into it. Reads the original transformer (Vaswani et al. 2017) with its norms moved before the branches: LayerNorm,
 biases, ReLU, sinusoidal positions, one matrix for both embeddings and the head.
 
-- `encode`: `ids` (B, S), sources of one length -> cross_key.i and cross_value.i (B, H, S, D) for each decoder layer.
+- `encode`: `ids` (B, S), sources of one length -> `memory` (B, S, M): of each token, the keys (H, D) for decoder layer
+  0, the values, the keys for layer 1 and so on.
 - `decode`: `ids` (B, 1); `lengths` (B), target tokens that each row's own memory holds, which is this token's position;
   `longest`, the greatest of these plus one; `source_lengths` (B), source tokens minus one; `longest_source`, the
   greatest of these plus one; past_key.i and past_value.i (B, H, T, D); past_cross_key.i and past_cross_value.i (B, H,
   S, D) -> `logits` (B, 1, V); present_key.i and present_value.i. Bind each present to the memory of its past:
   GroupQueryAttention then writes in place. It takes each row at its own length, reads nothing behind it, and mixes no
   rows.
-- `attention`: `ids` (1, S) and `target_ids` (1, T) -> `logits` (1, T, V) and the weights of every attention,
-  encoder_attention.i (1, H, S, S), decoder_attention.i (1, H, T, T), cross_attention.i (1, H, T, S), written out.
+- `attention`: `ids` (1, S) and `target_ids` (1, T); `keep` (K), the target positions whose logits are wanted, none
+  included, for the runtime computes every output, fetched or not -> `logits` (1, K, V) and the weights of every
+  attention, encoder_attention.i (1, H, S, S), decoder_attention.i (1, H, T, T), cross_attention.i (1, H, T, S), written
+  out.
 """
 
 from collections.abc import Callable, Mapping
@@ -108,13 +111,17 @@ class Layers:
             x = self.feed_forward(at, self.attention(at, x, attended))
         return self.norm("encoder.norm", x)
 
-    def decoder(self, x: str, attend: Attend, attend_memory: Attend) -> str:
-        """Embedded target tokens (B, T, W) -> logits (B, T, V)."""
-        for layer in range(num_decoder_layers(self.config)):
+    def decoder(self, x: str, attend: Attend, attend_memory: Attend, *, keep: str | None = None) -> str:
+        """Embedded target tokens (B, T, W) -> logits (B, T, V), or (B, K, V) of the positions in `keep` (K)."""
+        layers = range(num_decoder_layers(self.config))
+        for layer in layers:
             at, cross = f"decoder.{layer}", f"decoder.{layer}.cross"
             x = self.attention(at, x, attend(layer, self.norm(f"{at}.attention_norm", x)))
             query = self.linear(f"{cross}.query", self.norm(f"{cross}.attention_norm", x))
-            x = self.feed_forward(at, self.attention(cross, x, attend_memory(layer, query)))
+            x = self.attention(cross, x, attend_memory(layer, query))
+            if keep is not None and layer == layers[-1]:  # from here on no position looks at another
+                x = self.graph.node("Gather", [x, keep], "kept", axis=1)
+            x = self.feed_forward(at, x)
         return self.linear("logits", self.norm("decoder.norm", x))
 
     def embed(self, name: str, ids: str) -> str:
@@ -138,10 +145,9 @@ class Layers:
         positions = graph.node("Gather", [table, lengths], "decoder.positions")
         return graph.node("Add", [self.embed("decoder.tokens", "ids"), positions], "decoder.embedded")
 
-    def memory(self, x: str, names: list[str]) -> None:
-        """The encoder's output -> keys and values (B, H, S, D) of all decoder layers, `names`, in one product."""
-        heads = self.heads("memory", self.linear("memory", x), len(names) * self.config.num_heads)
-        self.graph.node("Split", [heads], *names, axis=1, num_outputs=len(names))
+    def memory(self, ids: str, attend: Attend) -> str:
+        """What cross-attention reads, the keys and values of all decoder layers in one product: (B, S, M)."""
+        return self.linear("memory", self.encoder(ids, attend))
 
     def thirds(self, name: str, qkv: str) -> list[str]:
         """(B, T, 3W) -> queries, keys and values, each (B, T, W)."""
@@ -183,8 +189,7 @@ def per_layer(pattern: str, config: ModelConfig) -> list[str]:
 
 
 def encode(layers: Layers) -> None:
-    x = layers.encoder("ids", lambda layer, x: layers.mixed(f"encoder.{layer}", x))
-    layers.memory(x, per_layer("cross_{}", layers.config))
+    layers.memory("ids", lambda layer, x: layers.mixed(f"encoder.{layer}", x))
 
 
 def decode(layers: Layers) -> None:
@@ -224,11 +229,12 @@ def attention(layers: Layers) -> None:
         q = layers.heads(name, query, config.num_heads)
         return layers.attend_openly(name, q, f"cross_key.{layer}", f"cross_value.{layer}")
 
-    memory = layers.encoder("ids", lambda layer, x: attend("encoder", layer, x))
-    layers.memory(memory, per_layer("cross_{}", config))
+    memory, parts = layers.memory("ids", lambda layer, x: attend("encoder", layer, x)), per_layer("cross_{}", config)
+    heads = layers.heads("memory", memory, len(parts) * config.num_heads)
+    graph.node("Split", [heads], *parts, axis=1, num_outputs=len(parts))
     x = layers.embedded_from_start("decoder", "target_ids")
     mask = causal(graph, "decoder.length")
-    layers.decoder(x, lambda layer, x: attend("decoder", layer, x, mask), attend_memory)
+    layers.decoder(x, lambda layer, x: attend("decoder", layer, x, mask), attend_memory, keep="keep")
 
 
 def causal(graph: Graph, length: str) -> str:
@@ -250,8 +256,8 @@ def floats(name: str, *axes: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
 
 
-def interfaces(config: ModelConfig) -> dict[str, Interface]:
-    """Inputs and outputs of each graph."""
+def interfaces(config: ModelConfig, num_written: int) -> dict[str, Interface]:
+    """Inputs and outputs of each graph. There are logits of the first `num_written` tokens only, V of them."""
     heads, width, int32 = config.num_heads, config.head_width, TensorProto.INT32
     decode = [ints("ids", "B", 1)]
     for prefix, suffix in (("", ""), ("source_", "_source")):
@@ -267,24 +273,24 @@ def interfaces(config: ModelConfig) -> dict[str, Interface]:
         for part, (queries, keys, num_layers) in weights.items()
         for layer in range(num_layers)
     ]
-    memory = [floats(name, "B", heads, "S", width) for name in per_layer("cross_{}", config)]
+    memory = floats("memory", "B", "S", len(per_layer("{}", config)) * heads * width)
     return {
-        "encode": ([ints("ids", "B", "S")], memory),
-        "decode": (decode, [floats("logits", "B", 1, config.vocab_size), *present]),
+        "encode": ([ints("ids", "B", "S")], [memory]),
+        "decode": (decode, [floats("logits", "B", 1, num_written), *present]),
         "attention": (
-            [ints("ids", 1, "S"), ints("target_ids", 1, "T")],
-            [floats("logits", 1, "T", config.vocab_size), *maps],
+            [ints("ids", 1, "S"), ints("target_ids", 1, "T"), ints("keep", "K")],
+            [floats("logits", 1, "K", num_written), *maps],
         ),
     }
 
 
 def build_translator(
-    config: ModelConfig, precision: str, *, places: Mapping[str, Place], file: str
+    config: ModelConfig, precision: str, *, places: Mapping[str, Place], file: str, num_written: int
 ) -> dict[str, onnx.ModelProto]:
     """The graphs by name, whose weights are at `places` in `file`. Raises ValueError for a model of another form."""
     check_supported(config, SUPPORTED)
     built = {}
-    for name, (inputs, outputs) in interfaces(config).items():
+    for name, (inputs, outputs) in interfaces(config, num_written).items():
         graph = Graph(places, file)
         GRAPHS[name](Layers(graph, config, precision))
         built[name] = finished(graph, name, inputs, outputs)

@@ -5,7 +5,6 @@ Owns which pairs these are and how they are run; what is made of what was seen i
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,8 @@ from torch import nn
 from model.config import ModelConfig
 from model.pairs import Pair
 from model.quantize import Activations
-from model.subwords import END_ID, START_ID, load_subwords
+from model.subwords import END_ID, START_ID
 from model.transformer import EncoderDecoder
-from service.worker.bundle import TOKENIZER
 
 NUM_SAMPLES = 1024
 MAX_RANDOM = 40  # tokens
@@ -28,9 +26,9 @@ Samples = Sequence[tuple[Ids, Ids]]  # a source and its translation, both with t
 Seen = Mapping[str, Activations]  # by the layer's name
 
 
-def read_samples(checkpoint: Path, config: ModelConfig, pairs: Sequence[Pair]) -> Samples:
+def samples_for(config: ModelConfig, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Samples:
     """Of the `pairs` that a checkpoint was trained on; random ones where there are none."""
-    return sample_pairs(load_subwords(checkpoint / TOKENIZER), pairs) if pairs else random_samples(config)
+    return sample_pairs(tokenizer, pairs) if pairs else random_samples(config)
 
 
 def sample_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Samples:

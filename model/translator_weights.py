@@ -102,13 +102,16 @@ class Packing:
             yield from query.pieces(f"{name}.query")
             yield from output.pieces(f"{name}.output")
 
-    def head(self) -> Iterator[Piece]:
-        head = self.matrix("head", has_bias=False)
+    def head(self, num_written: int) -> Iterator[Piece]:
+        """Of the first tokens only: the others are never written."""
+        head = Matrix(lambda name: self.tensors(name)[:num_written], self.seen, "head", has_bias=False)
         yield from self.norm("decoder.norm", "decoder.stack.norm", head.smooth)
         yield from head.pieces("logits")
 
 
-def translator_pieces(config: ModelConfig, model: EncoderDecoder, samples: Samples | None) -> Iterator[list[Piece]]:
+def translator_pieces(
+    config: ModelConfig, model: EncoderDecoder, samples: Samples | None, num_written: int
+) -> Iterator[list[Piece]]:
     """Everything, a part at a time; in integers if there are samples of what the model reads and writes.
 
     The table holds embeddings that are scaled already.
@@ -123,4 +126,4 @@ def translator_pieces(config: ModelConfig, model: EncoderDecoder, samples: Sampl
     yield list(pack.memory(layers))
     for layer, name in enumerate(layers):
         yield list(pack.block(f"decoder.{layer}", name))
-    yield list(pack.head())
+    yield list(pack.head(num_written))

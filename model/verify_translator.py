@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.recipes.translation import DATA_HELP
 from model.recipes.translation_corpora import everyday_corpus
-from model.subwords import START_ID, load_subwords
+from model.subwords import START_ID, load_subwords, subwords_of
 from model.train import load_checkpoint
 from model.transformer import EncoderDecoder
 from model.translator_graph import interfaces
 from model.translator_quality import Ids, Logits, Sets, Written, quality, write
-from model.translator_samples import Samples, random_ids, read_samples
+from model.translator_samples import Samples, random_ids, samples_for
+from model.translator_vocabulary import number_written_first
 from model.translator_weights import WEIGHTS_FILE, translator_pieces
 from model.verify import Check, Report, checked
 from model.verify_generation import agreement, correlation, difference, facts, interface, packed_again
@@ -58,6 +60,7 @@ class Subject:
     model: EncoderDecoder
     sources: Sequence[Ids]
     samples: Samples
+    num_written: int
 
     @property
     def is_exact(self) -> bool:
@@ -72,12 +75,12 @@ class Subject:
 
     @cached_property
     def reference(self) -> list[Logits]:
-        """What the model says (T, V) after each token that the engine wrote."""
+        """What the model says (T, vocabulary) after each token that the engine wrote."""
         return [self.forced(source, one.ids)[0] for source, one in zip(self.sources, self.written, strict=True)]
 
     @torch.no_grad()
     def forced(self, source: Ids, target: Ids) -> tuple[Logits, dict[str, Logits]]:
-        """Logits (T, V) for the tokens of `target`, and each attention's weights (1, H, queries, keys) by name."""
+        """Logits (T, vocabulary) for the tokens of `target`; each attention's weights (1, H, queries, keys) by name."""
         traces: dict[str, list[Tensor]] = {"encoder": [], "decoder": [], "cross": []}
         memory = self.model.encode(torch.tensor([list(source)]), trace=traces["encoder"])
         ids = torch.tensor([[START_ID, *target[:-1]]])
@@ -97,20 +100,21 @@ def verify_translator(
     sources: Sequence[Ids],
     samples: Samples,
     *,
+    num_written: int,
     sets: Sets,
 ) -> Report:
     """Compares the bundle with the model on `sources`, and BLEU on the `sets` of pairs, if there are any.
 
-    `samples`: what the bundle's integers were made for.
+    `samples`: what the bundle's integers were made for; `num_written`: the first tokens, which have logits.
     """
     try:
         bundle = load_bundle(directory)
-        subject = Subject(bundle, open_engine(bundle), config, model.eval(), sources, samples)
+        subject = Subject(bundle, open_engine(bundle), config, model.eval(), sources, samples, num_written)
     except Exception as error:  # whatever keeps it from being served is the finding
         return Report((Check("loads", False, str(error)),))
     checks = [
         checked("facts", facts, bundle, config),
-        checked("interface", interface, bundle, interfaces(config)),
+        checked("interface", interface, bundle, interfaces(config, num_written)),
         checked("weights", weights, subject),
         checked("logits", logits, subject),
         checked("greedy tokens", greedy_tokens, subject),
@@ -126,21 +130,25 @@ def verify_translator(
 
 def weights(subject: Subject) -> tuple[bool, str]:
     """Packed once more, the checkpoint's weights are the file's, byte for byte."""
-    parts = translator_pieces(subject.config, subject.model, None if subject.is_exact else subject.samples)
+    samples = None if subject.is_exact else subject.samples
+    parts = translator_pieces(subject.config, subject.model, samples, subject.num_written)
     return packed_again(subject.bundle, WEIGHTS_FILE, parts)
 
 
 def logits(subject: Subject) -> tuple[bool, str]:
     """Every step of every translation: to MAX_DIFFERENCE in float32, by correlation in int8."""
     ours = np.concatenate([one.logits for one in subject.written])
-    theirs = np.concatenate(subject.reference)
+    theirs = np.concatenate(subject.reference)[:, : subject.num_written]
     gap, similarity = difference(ours, theirs), correlation(ours, theirs)
     found = f"largest difference {gap:.2e}, correlation {similarity:.5f} at {len(ours)} steps"
     return (gap <= MAX_DIFFERENCE if subject.is_exact else similarity >= MIN_CORRELATION), found
 
 
 def greedy_tokens(subject: Subject) -> tuple[bool, str]:
-    """Each token that the engine writes, is it what the reference would write after the same text?"""
+    """Each token that the engine writes, is it what the reference would write after the same text?
+
+    The reference may write those, too, that have no logits here.
+    """
     pairs = zip(subject.written, subject.reference, strict=True)
     hits = [theirs.argmax(-1) == ours.ids for ours, theirs in pairs]
     return agreement(hits, 1.0 if subject.is_exact else MIN_AGREEMENT)
@@ -155,7 +163,11 @@ def attention(subject: Subject) -> tuple[bool, str]:
     told_logits: list[Logits] = []
     largest = moved = from_one = 0.0
     for source, one in zip(subject.sources, written, strict=False):
-        feeds = {"ids": np.array([source]), "target_ids": np.array([[START_ID, *one.ids[:-1]]])}
+        feeds = {
+            "ids": np.array([source]),
+            "target_ids": np.array([[START_ID, *one.ids[:-1]]]),
+            "keep": np.arange(len(one.ids)),
+        }
         told = dict(zip(names, session.run(feeds), strict=True))
         told_logits.append(told.pop("logits")[0])
         theirs = subject.forced(source, one.ids)[1]
@@ -229,11 +241,11 @@ def judged(measured: Mapping[str, Any]) -> Check:
     return Check("BLEU", max(losses.values()) <= MAX_BLEU_LOSS, "; ".join(told))
 
 
-def read_sources(checkpoint: Path, config: ModelConfig, sets: Sets) -> list[list[int]]:
+def sources_of(config: ModelConfig, subwords: Tokenizer, sets: Sets) -> list[list[int]]:
     """Ids of the first sentences of each set in turn; random ones where there are no sets."""
     texts = [pair.source for pairs in zip(*sets.values(), strict=False) for pair in pairs][:NUM_SOURCES]
     if texts:
-        return [encoding.ids for encoding in load_subwords(checkpoint / TOKENIZER).encode_batch_fast(texts)]
+        return [encoding.ids for encoding in subwords.encode_batch_fast(texts)]
     return random_ids(config, NUM_SOURCES, seed=2)
 
 
@@ -246,8 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, model = load_checkpoint(flags.checkpoint, EncoderDecoder)
     corpus = everyday_corpus(flags.data) if flags.data else None
     training, sets = (corpus.training, corpus.test) if corpus else ([], {})
-    sources, samples = read_sources(flags.checkpoint, config, sets), read_samples(flags.checkpoint, config, training)
-    report = verify_translator(flags.bundle, config, model, sources, samples, sets=sets)
+    tokenizer, num_written = number_written_first(model, (flags.checkpoint / TOKENIZER).read_text("utf-8"), training)
+    subwords = subwords_of(tokenizer)
+    sources, samples = sources_of(config, subwords, sets), samples_for(config, subwords, training)
+    report = verify_translator(flags.bundle, config, model, sources, samples, num_written=num_written, sets=sets)
     print(report.text())
     return 0 if report.passed else 1
 

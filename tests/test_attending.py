@@ -38,6 +38,7 @@ from service.worker.bundle import load_bundle
 from service.worker.generation import attend
 from service.worker.generation.attended_text import AttendedText
 from service.worker.generation.attention_graph import AttentionGraph
+from service.worker.generation.prompt_tokenizer import PromptTokenizer
 
 tiny = pytest.importorskip("tiny", reason="the truth is computed with torch", exc_type=ImportError)
 tiny_translator = pytest.importorskip("tiny_translator")
@@ -320,6 +321,22 @@ async def test_text_is_written_while_maps_are_made_one_by_one(chat: Running, mon
     assert begun[0] is begun[1]
 
 
+async def test_the_event_loop_reads_short_texts_only(translation: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, read = [], AttendedText.read
+
+    def watched(self: AttendedText, text: str) -> tuple[AttendedToken, ...]:
+        threads.append(threading.current_thread())
+        return read(self, text)
+
+    monkeypatch.setattr(AttendedText, "read", watched)
+    await translation.local.attention(AttentionRequest(text=SOURCE, target="Ein Hund."), call())
+    for texts in ({"text": "x" * attend.LONG_TEXT}, {"text": SOURCE, "target": "x" * attend.LONG_TEXT}):
+        with pytest.raises(TooLarge):
+            await translation.local.attention(AttentionRequest(**texts), call())
+    here = threading.current_thread()
+    assert [thread is here for thread in threads] == [True, True, False, True, False]
+
+
 async def test_who_leaves_while_waiting_for_maps_gives_up_the_turn(
     chat: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +386,11 @@ async def test_maps_are_counted_and_so_are_their_bytes(translation: Running) -> 
 def test_a_token_inside_of_a_character_stands_where_the_character_does(
     bundles: dict[tuple[str, str], Path],
 ) -> None:
-    text = AttendedText(load_bundle(bundles["chat", "int8"]), start_id=None)
-    written = text.written([Token(0, 5, "a"), Token(0, 6, ""), Token(0, 7, "é!"), Token(0, 8, "")], "\ufffd")
-    assert written.text == "aé!\ufffd"
-    assert [(one.start, one.end) for one in written.tokens] == [(0, 1), (1, 2), (1, 3), (3, 4)]
+    tokenizer = PromptTokenizer(load_bundle(bundles["chat", "int8"]).tokenizer_path)
+    first, second = tokenizer.encode("é")
+    ids = [*tokenizer.encode("a"), first, second, *tokenizer.encode("<|im_start|>!"), first]
+    written = AttendedText(tokenizer, start_id=None).written(ids, tokenizer.decode(ids))
+    assert (written.text, written.ids) == ("aé!\ufffd", ids)
+    places = [(0, 1), (1, 2), (1, 2), (2, 3), (2, 3), (3, 4)]
+    assert [(one.start, one.end) for one in written.tokens] == places
+    assert written.tokens[3].text == "<|im_start|>"

@@ -173,6 +173,7 @@ CODECS = {
             Finish(127, "stop", " held", "naïve 🎬"),
             Finish(1, "stop", "", 0),
             Finish(1, "stop", stop=""),
+            Finish(2, "length", "held", ids=(7, 2**32 - 1)),
         ],
         one_event,
     ),

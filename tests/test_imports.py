@@ -95,8 +95,13 @@ RULES = [
         "numpy",
     ),
     rule(
+        "service.worker.generation.likeliest",
+        "service.errors service.worker.generation.sampling service.worker.manifest service.worker.session",
+        "numpy",
+    ),
+    rule(
         "service.worker.generation.beam_search",
-        "service.domain service.errors service.worker.generation.output service.worker.generation.sampling",
+        "service.domain service.errors service.worker.generation.likeliest service.worker.generation.output",
         "numpy",
     ),
     rule(
@@ -139,7 +144,7 @@ RULES = [
     ),
     rule(
         "service.worker.generation.attended_text",
-        "service.domain service.worker.bundle service.worker.tokenizer",
+        "service.domain service.worker.generation.prompt_tokenizer",
     ),
     rule(
         "service.worker.generation.translator",

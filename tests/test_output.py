@@ -134,7 +134,8 @@ def test_where_no_token_is_wanted_the_end_tells_the_same_text(fields: dict[str, 
     *_, end = events = write(told, *tokens)
     (finish,) = write(whole, *tokens)
     assert isinstance(end, Finish)
-    assert finish == Finish(3, end.finish_reason, "".join(texts(events)), end.stop)
+    ids = tuple(event.id for event in events if isinstance(event, Token))
+    assert finish == Finish(3, end.finish_reason, "".join(texts(events)), end.stop, ids)
     assert whole.num_untold == len(events) - 1
     assert (whole.num_tokens, whole.is_finished) == (told.num_tokens, True)
 

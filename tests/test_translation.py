@@ -113,6 +113,13 @@ async def test_a_stop_ends_the_whole(stop: str | int) -> None:
     assert (await said(script, prompt="One. Two. Three. "))[1:-1] == [Finish(0, "stop", "a b", stop)]
 
 
+async def test_tokens_that_were_not_told_come_with_the_end_of_all() -> None:
+    script = Script([Finish(1, "stop", "b", ids=(3,)), Finish(0, "length", "a", ids=(1, 2))])
+    assert (await said(script, prompt="One. Two."))[1] == Finish(0, "length", "a b", ids=(1, 2, 3))
+    script = Script([Finish(0, "stop", "a", ids=(1, 2)), Finish(1, "stop", "b", 7, ids=(3,))])
+    assert (await said(script, prompt="One. Two. Three."))[1] == Finish(0, "stop", "a b", 7, ids=(1, 2, 3))
+
+
 async def test_token_ids_are_a_source_as_they_are() -> None:
     script = Script([Finish(0, "stop", "a"), Finish(1, "stop", "b")])
     events = await said(script, prompt=[[3, 4], "Hi. "])

@@ -16,6 +16,7 @@ from tests.tiny_translator import CONFIG, seeded_translator, tiny_translation_bu
 
 DRAW = np.random.default_rng(1)
 SOURCES = [DRAW.integers(3, CONFIG.vocab_size, length).tolist() for length in (9, 1, 40)]
+KEPT = [0, 3, 12]
 TARGETS = DRAW.integers(3, CONFIG.vocab_size, (12, len(SOURCES)))  # (steps, rows)
 
 
@@ -62,9 +63,10 @@ def test_every_step_has_the_logits_of_the_module(exact: Path) -> None:
 def test_attention_is_that_of_the_module(exact: Path) -> None:
     tell = session(exact, "attention")
     for row, source in enumerate(SOURCES):
-        logits, *weights = tell.run({"ids": np.array([source]), "target_ids": np.array([[START_ID, *TARGETS[:, row]]])})
+        feeds = {"ids": np.array([source]), "target_ids": np.array([[START_ID, *TARGETS[:, row]]])}
+        logits, *weights = tell.run(feeds | {"keep": np.array(KEPT)})
         expected, traces = reference(row)
-        np.testing.assert_allclose(logits[0], expected, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(logits[0], expected[KEPT], atol=1e-4, rtol=0)
         assert len(weights) == len(traces) == CONFIG.num_layers + 2 * CONFIG.num_decoder_layers
         for ours, theirs in zip(weights, traces, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
@@ -86,16 +88,16 @@ def test_int8_stays_near(shipped: Path) -> None:
 
 def test_sources_of_one_length_have_the_same_bits_together(shipped: Path) -> None:
     encode, ids = session(shipped, "encode"), DRAW.integers(0, CONFIG.vocab_size, (7, 11))
-    together = encode.run({"ids": ids})
+    (together,) = encode.run({"ids": ids})
     for row in range(len(ids)):
-        for memory, alone in zip(together, encode.run({"ids": ids[row : row + 1]}), strict=True):
-            np.testing.assert_array_equal(alone[0], memory[row])
+        np.testing.assert_array_equal(encode.run({"ids": ids[row : row + 1]})[0][0], together[row])
 
 
 def test_what_lies_behind_a_rows_length_is_never_read(shipped: Path) -> None:
     """Another's memory, or what an earlier request left there: here, not a number."""
     source = np.array([SOURCES[0]])
-    found = session(shipped, "encode").run({"ids": source})
+    (memory,) = session(shipped, "encode").run({"ids": source})
+    found = np.split(memory[0].reshape(source.size, -1, 8).swapaxes(0, 1)[None], 2 * CONFIG.num_decoder_layers, axis=1)
     names = [f"{part}.{layer}" for layer in range(CONFIG.num_decoder_layers) for part in ("key", "value")]
 
     def logits(room: int) -> np.ndarray:
@@ -124,4 +126,15 @@ def grown(tensors: list[np.ndarray], room: int) -> list[np.ndarray]:
 )
 def test_what_the_graphs_do_not_compute_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_translator(replace(CONFIG, **change), "float32", places={}, file="x")  # type: ignore[arg-type]
+        build_translator(replace(CONFIG, **change), "float32", places={}, file="x", num_written=300)  # type: ignore[arg-type]
+
+
+def test_tokens_that_are_never_written_have_no_logits(tmp_path: Path, exact: Path) -> None:
+    directory = tiny_translation_bundle(tmp_path / "bundle", precision="float32", num_written=270)
+    source, written = SOURCES[0], TARGETS[0, 0] % 270
+    few, all_of_them = (TranslatorEngine(load_bundle(one), num_slots=1, threads=1) for one in (directory, exact))
+    assert (few.vocab_size, all_of_them.vocab_size) == (270, CONFIG.vocab_size)
+    for engine in (few, all_of_them):
+        engine.prefill(0, source, 0, keep="last")
+    after = [engine.decode([written], [len(source)]) for engine in (few, all_of_them)]
+    np.testing.assert_allclose(after[0], after[1][:, :270], atol=1e-5, rtol=0)

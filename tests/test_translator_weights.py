@@ -7,18 +7,24 @@ import pytest
 import torch
 
 from model.transformer import sinusoids
+from model.translator_samples import Samples
 from model.translator_weights import translator_pieces
 from tests.tiny_translator import CONFIG, SAMPLES, seeded_translator
 
 
+def pieces(samples: Samples | None, num_written: int = CONFIG.vocab_size) -> dict[str, np.ndarray]:
+    parts = translator_pieces(CONFIG, seeded_translator(), samples, num_written)
+    return dict(piece for part in parts for piece in part)
+
+
 @pytest.fixture(scope="module")
 def exact() -> dict[str, np.ndarray]:
-    return dict(piece for part in translator_pieces(CONFIG, seeded_translator(), None) for piece in part)
+    return pieces(None)
 
 
 @pytest.fixture(scope="module")
 def int8() -> dict[str, np.ndarray]:
-    return dict(piece for part in translator_pieces(CONFIG, seeded_translator(), SAMPLES) for piece in part)
+    return pieces(SAMPLES)
 
 
 @torch.no_grad()
@@ -27,6 +33,16 @@ def test_the_table_is_scaled_and_the_head_is_not(exact: dict[str, np.ndarray]) -
     np.testing.assert_allclose(exact["embedding.weight"], table * math.sqrt(CONFIG.width), rtol=1e-6)
     np.testing.assert_array_equal(exact["logits.weight"], table.T)
     np.testing.assert_array_equal(exact["positions"], sinusoids(CONFIG.max_length, CONFIG.width).numpy())
+
+
+def test_the_head_has_only_what_is_written(exact: dict[str, np.ndarray], int8: dict[str, np.ndarray]) -> None:
+    for samples, whole in ((None, exact), (SAMPLES, int8)):
+        cut = pieces(samples, 270)
+        assert {name for name, value in cut.items() if value.shape != whole[name].shape} <= {
+            "logits.weight",
+            "logits.codes",
+        }
+    np.testing.assert_array_equal(pieces(None, 270)["logits.weight"], exact["logits.weight"][:, :270])
 
 
 @torch.no_grad()

@@ -46,8 +46,18 @@ def seeded_translator() -> EncoderDecoder:
     return model
 
 
-def tiny_translation_bundle(directory: Path, *, precision: str = "int8", id: str = "tiny-translation") -> Path:
+def tiny_translation_bundle(
+    directory: Path, *, precision: str = "int8", id: str = "tiny-translation", num_written: int = CONFIG.vocab_size
+) -> Path:
     """Writes a whole bundle of the seeded translator into `directory`, which must not exist, and returns it."""
     options = Options(id=id, created=1_700_000_000, licence="Apache-2.0", precision=precision)
-    export_translator(CONFIG, seeded_translator(), subwords().to_str(), directory, options, samples=SAMPLES)
+    export_translator(
+        CONFIG,
+        seeded_translator(),
+        subwords().to_str(),
+        directory,
+        options,
+        samples=SAMPLES,
+        num_written=num_written,
+    )
     return directory

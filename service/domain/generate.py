@@ -178,12 +178,16 @@ class Token:
 
 @plain(frozen=True, slots=True)
 class Finish:
-    """Output `index` is complete. `text` is what had been held back, `stop` what ended it, if a stop string or id."""
+    """Output `index` is complete. `text` is what had been held back, `stop` what ended it, if a stop string or id.
+
+    `ids`: the tokens of `text` that no Token told of, since nobody wanted them (see Call).
+    """
 
     index: int
     finish_reason: FinishReason
     text: str = ""
     stop: str | int | None = None
+    ids: tuple[int, ...] = ()
 
 
 @plain(frozen=True)

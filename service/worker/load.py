@@ -141,15 +141,15 @@ def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Gen
         max_rows=plan.max_rows,
         max_waiting=settings.max_queue_outputs,
         num_blocks=plan.num_blocks,
-        attending=_attending(bundle, settings),
+        attending=_attending(bundle, tokenizer, settings),
     )
 
 
-def _attending(bundle: Bundle, settings: Settings) -> Attending | None:
+def _attending(bundle: Bundle, tokenizer: PromptTokenizer, settings: Settings) -> Attending | None:
     """None for a bundle that was made before there was a graph for it."""
     if ATTENTION_GRAPH not in bundle.manifest.graphs:
         return None
-    return Attending(bundle, max_bytes=settings.max_attention_bytes)
+    return Attending(bundle, tokenizer, max_bytes=settings.max_attention_bytes)
 
 
 def _chat_lanes(bundle: Bundle, plan: KvPlan, settings: Settings, outputs: Outputs, *, threads: int) -> Sequence[Lane]:

@@ -70,7 +70,7 @@ class Session:
     def run(self, feeds: Mapping[str, NDArray[Any]], fetch: Sequence[str] | None = None) -> list[NDArray[Any]]:
         """The outputs named by `fetch`, or all in the order of the spec. Releases the GIL while it computes.
 
-        An output that is not fetched is not copied out, nor computed unless another one needs it.
+        An output that is not fetched is computed all the same, and not copied out.
         """
         outputs: list[NDArray[Any]] = self._session.run(self._outputs if fetch is None else list(fetch), dict(feeds))
         return outputs

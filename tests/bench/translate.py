@@ -161,7 +161,9 @@ def contenders_of(given: argparse.Namespace) -> tuple[list[Contender], dict[str,
     missing: dict[str, str] = {}
     for name in PEERS_NAMED:
         try:
-            found += [peer(name, given.checkpoint, given.cache, cores=cores)] if name in given.only else []
+            found += (
+                [peer(name, given.checkpoint, given.bundle, given.cache, cores=cores)] if name in given.only else []
+            )
         except _FAILURES as error:
             missing[name] = str(error)
             say(f"{name} is left out: {error}")

@@ -80,14 +80,17 @@ def attnd(bundle: Path, arguments: Sequence[str] = ()) -> Contender:
     return Contender("attnd", server_for, _module("attnd", bundle))
 
 
-def peer(name: str, checkpoint: Path, cache: Path, *, cores: int) -> Contender:
-    """CTranslate2 in int8 or transformers in fp32, on the weights of `checkpoint`. Raises CalledProcessError."""
+def peer(name: str, checkpoint: Path, bundle: Path, cache: Path, *, cores: int) -> Contender:
+    """CTranslate2 in int8 or transformers in fp32, on the weights of `checkpoint`. Raises CalledProcessError.
+
+    CTranslate2 gets the logits that `bundle` has, and no others.
+    """
     python, script = str(python_of(_ENVIRONMENTS[name], cache)), str(PEERS / f"{name}_translate.py")
     ports: dict[Setting | None, int] = {}
 
     def command(setting: Setting, *mode: str) -> tuple[str, ...]:
         knobs = map(str, (setting.rows, setting.workers, setting.threads))
-        return (python, script, str(checkpoint), *mode, *knobs)
+        return (python, script, str(checkpoint), str(bundle), *mode, *knobs)
 
     def server_for(search: Search, setting: Setting | None) -> Server:
         assert setting is not None

@@ -62,11 +62,12 @@ class AttentionGraph:
     def _feeds(
         self, read: Sequence[int], written: Sequence[int], views: Sequence[View]
     ) -> dict[str, NDArray[np.int64]]:
+        keep = np.array([], np.int64)  # nobody wants to know logits
         if self._is_translator:
-            return {"ids": np.array([read]), "target_ids": np.array([written])}
+            return {"ids": np.array([read]), "target_ids": np.array([written]), "keep": keep}
         told = np.zeros(self.sizes["decoder"][0], np.int64)
         told[[layer for view in views for layer in view.layers]] = 1
-        return {"ids": np.array([[*read, *written]]), "keep": np.array([], np.int64), "told": told}
+        return {"ids": np.array([[*read, *written]]), "keep": keep, "told": told}
 
 
 def _outputs(view: View) -> list[str]:

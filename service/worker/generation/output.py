@@ -115,7 +115,7 @@ class Output:
         """The end, with all text that was held back; which may complete a stop string still."""
         self.is_finished = True
         if self._detokenizer is None:
-            return Finish(self._index, reason, self._tokenizer.decode(self._untold), stop)
+            return Finish(self._index, reason, self._tokenizer.decode(self._untold), stop, tuple(self._untold))
         text, matched = self._stops.feed(self._detokenizer.flush())
         if matched is not None:
             return Finish(self._index, "stop", text, matched)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from service.domain import Message
+from service.domain import AttendedToken, Message
 from service.errors import BundleError
 from service.worker.generation.chat_template import ChatTemplate
 from service.worker.generation.detokenizer import BYTE_TOKEN, Detokenizer, bytes_of, make_stages
-from service.worker.tokenizer import load_tokenizer
+from service.worker.tokenizer import load_tokenizer, told
 
 SEAM = "\udfff"  # stands inside what is plain text; half a surrogate pair, which no text from outside can hold
 
@@ -44,6 +44,10 @@ class PromptTokenizer:
         ids: list[int] = self._plain.encode(text).ids
         return ids
 
+    def attended(self, text: str, *, is_plain: bool) -> tuple[AttendedToken, ...]:
+        """As `encode` or `encode_plain`, with the place of each token in the text."""
+        return told((self._plain if is_plain else self._tokenizer).encode(text))
+
     def encode_chat(self, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
         """A chat up to where the model is to speak; special tokens are the template's only. Raises as `render` does."""
         text = template.render(messages, quote=self._quoted)
@@ -60,6 +64,11 @@ class PromptTokenizer:
         """A whole text: what a `detokenizer` makes of the same tokens."""
         text: str = self._tokenizer.decode(tokens)
         return text
+
+    def token_name(self, token: int) -> str:
+        """As the vocabulary has it; empty for an id that it has not."""
+        name: str | None = self._tokenizer.id_to_token(token)
+        return name or ""
 
     def token_text(self, token: int) -> str:
         """A token alone, as inside of a text; U+FFFD for bytes that are no whole character."""

@@ -22,7 +22,10 @@ class PromptReader:
     """Thread-safe."""
 
     def __init__(self, bundle: Bundle, tokenizer: PromptTokenizer, *, vocab_size: int) -> None:
-        """Raises BundleError for a chat template that is none."""
+        """`vocab_size`: the tokens that can be written; a source may hold more.
+
+        Raises BundleError for a chat template that is none.
+        """
         generation = bundle.manifest.generation
         assert generation is not None
         self._id = bundle.manifest.id
@@ -30,6 +33,7 @@ class PromptReader:
         self._max_tokens = bundle.manifest.limits.max_tokens
         self._are_sources = bundle.manifest.task == "translation"
         self._vocab_size = vocab_size
+        self._num_readable: int = bundle.manifest.architecture["vocab_size"]
         self._tokenizer = tokenizer
         self._template = _chat_template(bundle, tokenizer)
 
@@ -67,7 +71,7 @@ class PromptReader:
         if isinstance(prompt, str):
             encode = self._tokenizer.encode_plain if self._are_sources else self._tokenizer.encode
             return self._fitting(index, encode(prompt), param)
-        check_ids(prompt, self._vocab_size, param)
+        check_ids(prompt, self._num_readable, param)
         return self._fitting(index, prompt, param)
 
     def _fitting(self, index: int, ids: Sequence[int], param: str) -> Prompt:

@@ -144,6 +144,7 @@ class RejoinedOutput:
         self._sentence = 0  # the one that is being told
         self._said = text.spaces[0]  # by what was no token, and told with the next
         self._reason: FinishReason = "stop"
+        self._ids: tuple[int, ...] = ()  # that no token told of
 
     def take(self, sentence: int, event: Token | Finish) -> Iterator[Event]:
         self._waiting[sentence].append(event)
@@ -157,12 +158,13 @@ class RejoinedOutput:
 
     def _end_sentence(self, event: Finish, text: str) -> Iterator[Event]:
         self._sentence += 1
+        self._ids += event.ids
         if event.stop is not None:
             self._sentence = len(self._waiting)
-            yield Finish(self._index, event.finish_reason, text, event.stop)
+            yield Finish(self._index, event.finish_reason, text, event.stop, self._ids)
             return
         if event.finish_reason == "length":
             self._reason = "length"
         self._said = text + self._spaces[self._sentence]
         if self._sentence == len(self._waiting):
-            yield Finish(self._index, self._reason, self._said)
+            yield Finish(self._index, self._reason, self._said, ids=self._ids)

@@ -7,7 +7,6 @@ No operator mixes rows: a row's logits are the same bits alone and among others,
 """
 
 from collections.abc import Sequence
-from copy import copy
 from functools import partial
 
 import numpy as np
@@ -79,28 +78,18 @@ class TranslatorEngine:
         if own.names != cross.names:
             message = f"{own.num_layers} layers have keys and values of their own, {cross.num_layers} of the source"
             raise BundleError(f"{bundle.directory}: {message}")
-        self._shapes = own, cross
+        found = [tensor.axes[-1] for tensor in bundle.graph(ENCODE).outputs]
+        if found != [len(cross.names) * cross.num_heads * cross.width]:
+            raise BundleError(f"{bundle.directory}: {ENCODE} gives {found} numbers a token, decode reads {cross}")
         self._names = own.names
-        self._encoded = [f"{CROSS}{name}" for name in own.names]
         opened = partial(Session, threads=threads, seven_bits=True)  # as model.quantize makes them
         self._encoder = opened(bundle.graph_path(ENCODE), bundle.graph(ENCODE), arena=True)
         self._decoder = opened(bundle.graph_path(DECODE), decode)
-        self._reserve()
-
-    def twin(self) -> "TranslatorEngine":
-        """Another engine, for another thread, with a memory of its own. The graphs are the same, and in memory once."""
-        twin = copy(self)
-        twin._reserve()
-        return twin
-
-    def _reserve(self) -> None:
-        """Memory for all slots. Raises ConfigError."""
         self._own, self._cross = (
-            KvMemory(shape, num_slots=self.num_slots, max_tokens=self.max_tokens, num_blocks=0)
-            for shape in self._shapes
+            KvMemory(shape, num_slots=num_slots, max_tokens=self.max_tokens, num_blocks=0) for shape in (own, cross)
         )
-        self._source_ends = np.zeros(self.num_slots, np.int32)  # the place of each source's last token
-        self._logits = np.empty((self.num_slots, 1, self.vocab_size), np.float32)
+        self._source_ends = np.zeros(num_slots, np.int32)  # the place of each source's last token
+        self._logits = np.empty((num_slots, 1, self.vocab_size), np.float32)
         self._steps: dict[tuple[int, int], Step] = {}  # by the slots they are bound to: (first, end)
 
     def encode(self, slots: Sequence[int], sources: Sequence[Sequence[int]]) -> None:
@@ -113,9 +102,9 @@ class TranslatorEngine:
         fits = 0 <= min(rows) <= max(rows) < self.num_slots and 0 < num_tokens <= self.max_tokens
         if not fits or lengths != [num_tokens] * len(rows):
             raise ValueError(f"sources of {lengths} tokens, to be one length, for slots {rows}: {self._room}")
-        found = self._encoder.run({"ids": np.array(sources, np.int64)}, self._encoded)
-        for memory, tensor in zip(self._cross.slots, found, strict=True):
-            memory[rows, :, :num_tokens] = tensor  # (sources, heads, num_tokens, width)
+        (memory,) = self._encoder.run({"ids": np.array(sources, np.int64)})
+        by_token = self._cross.slots.transpose(1, 3, 0, 2, 4)  # (slots, tokens, parts, heads, width)
+        by_token[rows, :num_tokens] = memory.reshape(len(rows), num_tokens, *by_token.shape[2:])
         self._source_ends[rows] = num_tokens - 1
 
     def prefill(self, slot: int, ids: Sequence[int], start: int, *, keep: Keep) -> Logits:

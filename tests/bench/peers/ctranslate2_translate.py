@@ -37,7 +37,8 @@ class Weights:
         spec.beta = self._tensors[f"{self._prefix}{name}.bias"]
 
 
-def specification(checkpoint: Path) -> TransformerSpec:
+def specification(checkpoint: Path, written: Sequence[str]) -> TransformerSpec:
+    """`written` are the tokens that have logits."""
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = load_file(checkpoint / "model.safetensors")
     num_decoder_layers = config["num_decoder_layers"] or config["num_layers"]
@@ -56,9 +57,9 @@ def specification(checkpoint: Path) -> TransformerSpec:
         for at, layer in enumerate(stack.layer):
             fill_layer(layer, weights.of(f"blocks.{at}"))
     spec.encoder.embeddings[0].weight = shared
-    spec.decoder.embeddings.weight = shared
-    spec.decoder.projection.weight = shared
-    name_tokens(spec, Tokenizer.from_file(str(checkpoint / "tokenizer.json")))
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    spec.decoder.embeddings.weight = spec.decoder.projection.weight = shared[[*map(tokenizer.token_to_id, written)]]
+    name_tokens(spec, tokenizer, written)
     spec.config.layer_norm_epsilon = config["norm_eps"]
     return spec
 
@@ -85,19 +86,27 @@ def sinusoids(length: int, width: int) -> NDArray[np.float32]:
     return np.stack((np.sin(angles), np.cos(angles)), axis=-1).reshape(length, width).astype(np.float32)
 
 
-def name_tokens(spec: TransformerSpec, tokenizer: Tokenizer) -> None:
+def written_tokens(bundle: Path) -> list[str]:
+    """The tokens that the bundle's decoder has logits of: it leaves out those that no translation has."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    logits = next(one for one in manifest["graphs"]["decode"]["outputs"] if one["name"] == "logits")
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    return [tokenizer.id_to_token(token) for token in range(logits["axes"][-1])]
+
+
+def name_tokens(spec: TransformerSpec, tokenizer: Tokenizer, written: Sequence[str]) -> None:
     names = [tokenizer.id_to_token(token) for token in range(tokenizer.get_vocab_size())]
     spec.register_source_vocabulary(names)
-    spec.register_target_vocabulary(names)
+    spec.register_target_vocabulary(list(written))
     spec.config.unk_token, spec.config.bos_token, spec.config.eos_token = names[:3]  # the first is padding: never met
     spec.config.decoder_start_token = names[1]
     spec.config.add_source_eos = False  # the tokenizer adds it
 
 
-def load(checkpoint: Path, layout: Layout) -> Translate:
+def load(checkpoint: Path, bundle: Path, layout: Layout) -> Translate:
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     with tempfile.TemporaryDirectory() as folder:
-        spec = specification(checkpoint)
+        spec = specification(checkpoint, written_tokens(bundle))
         spec.validate()
         spec.save(folder)
         translator = Translator(

@@ -89,7 +89,7 @@ def sinusoids(length: int, width: int) -> torch.Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
-def load(checkpoint: Path, layout: Layout) -> Translate:
+def load(checkpoint: Path, _: Path, layout: Layout) -> Translate:
     torch.set_num_threads(layout.threads)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     model = model_of(checkpoint)
