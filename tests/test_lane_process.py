@@ -76,6 +76,11 @@ class OneLane:
         self.closed.append(job)
 
 
+class Broken(OneLane):
+    def add(self, job: Job, request: GenerateRequest, plans: list[Any]) -> None:
+        raise MemoryError
+
+
 class Written:
     """A channel that keeps what is said."""
 
@@ -100,6 +105,14 @@ def test_a_job_is_told_of_until_its_last_output_has_ended() -> None:
     assert [one.num_kept_tokens for one in channel.told] == [17] * 3
     desk.take(Close(7, 1.0))
     assert lane.closed == []
+
+
+def test_what_cannot_be_made_fails_alone() -> None:
+    channel = Written()
+    desk = Desk(Broken(), channel)  # type: ignore[arg-type]
+    desk.take(ADD)
+    assert channel.told == [Told([], [], [(7, 0), (7, 1)], [], [], [], 17)]
+    assert desk._jobs == {}
 
 
 def test_nothing_more_is_told_of_a_closed_job() -> None:

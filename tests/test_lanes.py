@@ -14,9 +14,11 @@ from service.metrics import Metrics
 from service.worker.bundle import load_bundle
 from service.worker.generation.generator import Generator
 from service.worker.generation.lanes import Lanes
+from service.worker.generation.loop import Done, GenerationLoop
 from service.worker.generation.outputs import OutputPlan
 from service.worker.generation.scheduler import Scheduler, slots_for
 from service.worker.generation.sequence import Job, Prompt, Sequence
+from service.worker.generation.step import Step
 from service.worker.generation.translator import TranslatorEngine
 from service.worker.local import LocalBackend
 
@@ -227,3 +229,12 @@ async def test_a_lane_that_dies_fails_the_model(bundle: Path, monkeypatch: pytes
     with pytest.raises(Unavailable):
         await backend.models()
     await backend.aclose()
+
+
+def test_a_search_that_fails_is_one_output_less() -> None:
+    """Its rows have one event, one error and one count together."""
+    loop = GenerationLoop(NOBODY, Scheduler(max_rows=4, num_blocks=0), tell=print, publish=print, died=print, name="x")
+    lead, done = Sequence(Job(3, Progress()), 0, Prompt(0, [5]), NOBODY, num_beams=3), Done(Step(), 0.0)
+    loop._fail(lead.rows, None, done)
+    assert done.failed == [lead]
+    assert all(row.is_finished for row in lead.rows)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from fakes import until
 from generations import call, collect, in_threads, serving
 
@@ -162,8 +164,17 @@ async def test_what_runs_and_what_waits_are_counted_in_rows(bundle: Path) -> Non
     assert (lane.num_running, lane.num_waiting) == (0, 0)
 
 
-async def test_a_killed_process_fails_what_is_open_and_turns_readiness_red(run: Start) -> None:
-    running = await run(2)
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+def test_a_killed_process_fails_what_is_open_and_turns_readiness_red(
+    bundle: Path, runner: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """On either event loop: what is said to who is dead is an error on one of them."""
+    runner(kill(bundle))
+    assert [(one.name, one.levelname) for one in caplog.records] == [("attnd.engine", "CRITICAL")]
+
+
+async def kill(bundle: Path) -> None:
+    running = await Running(bundle, 2).start()
     open_ = asyncio.ensure_future(collect(running.backend, call(), **LONG | {"n": 4}))
     await until(lambda: running.generator._lanes.num_running > 0)
     running.lanes[1]._process.kill()
@@ -173,6 +184,8 @@ async def test_a_killed_process_fails_what_is_open_and_turns_readiness_red(run: 
         await running.backend.models()
     with pytest.raises(Unavailable):
         await collect(running.backend, call(), **LONG)
+    await running.backend.aclose()
+    assert all(lane._process.returncode is not None for lane in running.lanes)
 
 
 async def test_signals_to_the_server_s_group_do_not_end_what_it_drains(run: Start) -> None:
@@ -200,6 +213,23 @@ def broken(bundle: Path, tmp_path: Path) -> Path:
     del manifest["generation"]["bos_id"]
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory
+
+
+async def test_one_that_dies_while_it_loads_says_with_what_status(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(EngineFailed, match="ended with status 1 before it was ready"):
+        await ProcessLane(load_of(bundle)).start(print, print)
+
+
+def test_it_finds_modules_where_its_server_does(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in a folder that it happens to be started in."""
+    (tmp_path / "service.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    process, channel = _started(load_of(bundle))
+    channel.close()
+    assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize("is_abrupt", [False, True])

@@ -43,6 +43,8 @@ from service.worker.generation.translator import TranslatorEngine
 
 _log = logging.getLogger("attnd.engine")
 
+MOST_BYTES = 1 << 18  # at once: all that a socket holds, so that a close is not left behind what came before it
+
 _OF = {Token: OfToken, Finish: OfFinish, PromptTokens: OfPrompt}
 
 
@@ -60,7 +62,7 @@ class Channel:
     def hear(self, *, wait: bool) -> list[ToProcess]:
         """What the server has said meanwhile; `wait` until it says something. Raises EOFError when it will not."""
         try:
-            data = self._channel.recv(1 << 16, 0 if wait else socket.MSG_DONTWAIT)
+            data = self._channel.recv(MOST_BYTES, 0 if wait else socket.MSG_DONTWAIT)
         except BlockingIOError:
             return []
         except ConnectionError:
@@ -100,7 +102,11 @@ class Desk:
         prompts = [Prompt(index, ids, is_whole=True) for index, ids in asked.prompts]
         plans = [OutputPlan(prompts[at], index, seed, most) for at, index, seed, most in asked.plans]
         self._jobs[asked.job], self._numbers[job], self._num_left[job] = job, asked.job, len(plans)
-        self._lane.add(job, asked.request, plans)
+        try:
+            self._lane.add(job, asked.request, plans)
+        except Exception as error:  # whatever it is, it concerns this request alone
+            _log.error("outputs could not be made", exc_info=error)
+            self.tell(Report(failed=[(job, plan.index) for plan in plans]))
 
     def _close(self, number: int, closed_at: float | None) -> None:
         """It may have ended while the server was saying so."""

@@ -247,4 +247,4 @@ class GenerationLoop:
             _log.error("the engine failed on output %d", sequences[0].index, exc_info=error)
         for sequence in sequences:
             self._scheduler.finish(sequence)
-        done.failed += sequences
+        done.failed += [one for one in sequences if not one.is_follower]

@@ -5,11 +5,14 @@ threads a quarter of two cores lies idle. A process ends with its server: its so
 """
 
 import asyncio
+import logging
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Several
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
@@ -33,7 +36,10 @@ from service.worker.generation.outputs import OutputPlan
 from service.worker.generation.report import Report
 from service.worker.generation.sequence import Job
 
-LAST_STEP_S = 30.0  # that a process may take to end before it is killed
+_log = logging.getLogger("attnd.engine")
+
+LOAD_S = 300.0  # that a process may take to load its model
+LAST_STEP_S = 30.0  # to end, before it is killed
 
 
 @dataclass(slots=True)
@@ -48,8 +54,8 @@ class _Share:
 class ProcessLane:
     """See Lane. `tell` is called on the asyncio thread.
 
-    What runs and what waits is counted here: an output takes a row as soon as one is free, so that only those over
-    `load.max_rows` wait.
+    What runs and what waits is counted here, as if an output took a row as soon as one is free, so that only those over
+    `load.max_rows` wait. A search that waits for several rows leaves a few of them free, which is not seen here.
     """
 
     def __init__(self, load: Load) -> None:
@@ -64,15 +70,14 @@ class ProcessLane:
     async def start(self, tell: Tell, died: Died) -> None:
         """Raises BundleError, ConfigError and EngineFailed."""
         process, channel = await asyncio.to_thread(_started, self._load)
-        gone = EngineFailed(f"process {process.pid}, which writes for this model, has ended")
-        self._process, self._tell = process, tell
-        self._ends = _Ends(self._hear, lambda: died(gone))
+        self._process, self._tell, self._died = process, tell, died
+        self._ends = _Ends(self._hear, self._lost)
         loop = asyncio.get_running_loop()
         self._transport, _ = await loop.create_unix_connection(lambda: self._ends, sock=channel)
 
     async def stop(self) -> None:
         self._ends.is_expected = True
-        self._transport.close()
+        self._transport.abort()  # what it has not been told yet concerns nobody any more
         await asyncio.to_thread(_end, self._process)
 
     def add(self, job: Job, request: GenerateRequest, plans: Several[OutputPlan]) -> None:
@@ -113,8 +118,15 @@ class ProcessLane:
         self._unsaid.append(framed(message))
 
     def _flush(self) -> None:
-        self._transport.write(b"".join(self._unsaid))
-        self._unsaid.clear()
+        unsaid, self._unsaid = self._unsaid, []
+        if not self._transport.is_closing():
+            self._transport.write(b"".join(unsaid))
+
+    def _lost(self, error: Exception | None) -> None:
+        gone = EngineFailed(f"process {self._process.pid}, which writes for this model, has ended or is not understood")
+        _log.critical("%s (status %s)", gone.message, self._process.poll(), exc_info=error)
+        self.num_kept_tokens = 0
+        self._died(gone)
 
     def _hear(self, told: Told) -> None:
         """What is told of jobs that were closed meanwhile concerns nobody."""
@@ -150,7 +162,7 @@ class ProcessLane:
 class _Ends(asyncio.Protocol):
     """The server's end of the channel."""
 
-    def __init__(self, hear: Callable[[Told], None], lost: Callable[[], None]) -> None:
+    def __init__(self, hear: Callable[[Told], None], lost: Callable[[Exception | None], None]) -> None:
         self._hear = hear
         self._lost = lost
         self._frames = Frames()
@@ -164,18 +176,26 @@ class _Ends(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.is_expected:
-            self._lost()
+            self._lost(error)
 
 
 def _started(load: Load) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A process that has loaded the model, and this end of its channel. Blocks."""
+    """A process that has loaded the model, and this end of its channel. Blocks.
+
+    It finds modules where this one does, and is in a group of its own, which Ctrl-C does not reach.
+    """
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "service.worker.generation.lane_process", str(theirs.fileno())]
     with theirs:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),))  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-P", "-m", "service.worker.generation.lane_process", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            process_group=0,
+        )
     try:
-        ours.sendall(framed(load))
-        _await_ready(process, ours)
+        ours.settimeout(LOAD_S)
+        _await_ready(process, ours, load)
     except BaseException:
         ours.close()
         _end(process)
@@ -183,17 +203,19 @@ def _started(load: Load) -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, ours
 
 
-def _await_ready(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+def _await_ready(process: subprocess.Popen[bytes], channel: socket.socket, load: Load) -> None:
     frames = Frames()
-    while data := channel.recv(4096):
-        for body in frames.feed(data):
-            match decode_to_server(body):
-                case Ready():
-                    return
-                case Refused(error="ConfigError", message=message, param=param):
-                    raise ConfigError(message, param=param)
-                case Refused(message=message):
-                    raise BundleError(message)
+    with suppress(ConnectionError):
+        channel.sendall(framed(load))
+        while data := channel.recv(4096):
+            for body in frames.feed(data):
+                match decode_to_server(body):
+                    case Ready():
+                        return
+                    case Refused(error="ConfigError", message=message, param=param):
+                        raise ConfigError(message, param=param)
+                    case Refused(message=message):
+                        raise BundleError(message)
     raise EngineFailed(f"the process that writes for a model ended with status {process.wait()} before it was ready")
 
 
@@ -207,9 +229,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _mark(job: Job, marks: Marks) -> None:
     progress = job.progress
-    if progress.started is None:
-        progress.started = marks.started
-    if progress.first_token is None:
-        progress.first_token = marks.first_token
+    progress.started = _earlier(progress.started, marks.started)
+    progress.first_token = _earlier(progress.first_token, marks.first_token)
     for gap in marks.gaps:
         progress.leave_untold(gap)
+
+
+def _earlier(one: float | None, other: float | None) -> float | None:
+    return min((at for at in (one, other) if at is not None), default=None)
