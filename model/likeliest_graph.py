@@ -1,7 +1,7 @@
 """The graph that finds the likeliest tokens of some rows: `python -m model.likeliest_graph` writes the service's copy.
 
-logits (B, V), count (1) -> values, ids (B, count), a row's greatest logits, in order, of equal ones the lowest token
-first; log_greatest (B), the log-probability of the greatest. It has no weights and serves every vocabulary.
+logits (B, V), count (1) -> values, ids, log_probabilities (B, count): a row's greatest logits, in order, of equal ones
+the lowest token first. It has no weights and serves every vocabulary.
 """
 
 from pathlib import Path
@@ -17,8 +17,8 @@ def build_likeliest() -> onnx.ModelProto:
     floats, integers = TensorProto.FLOAT, TensorProto.INT64
     nodes = [
         helper.make_node("TopK", ["logits", "count"], ["values", "ids"], axis=-1),
-        helper.make_node("LogSoftmax", ["logits"], ["log_probabilities"], axis=-1),
-        helper.make_node("ReduceMax", ["log_probabilities", "last"], ["log_greatest"], keepdims=0),
+        helper.make_node("LogSoftmax", ["logits"], ["all_log_probabilities"], axis=-1),
+        helper.make_node("GatherElements", ["all_log_probabilities", "ids"], ["log_probabilities"], axis=-1),
     ]
     graph = helper.make_graph(
         nodes,
@@ -30,9 +30,8 @@ def build_likeliest() -> onnx.ModelProto:
         [
             helper.make_tensor_value_info("values", floats, ["B", "K"]),
             helper.make_tensor_value_info("ids", integers, ["B", "K"]),
-            helper.make_tensor_value_info("log_greatest", floats, ["B"]),
+            helper.make_tensor_value_info("log_probabilities", floats, ["B", "K"]),
         ],
-        [helper.make_tensor("last", integers, [1], [-1])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     onnx.checker.check_model(model)

@@ -23,7 +23,7 @@ from service.domain import TokenLogprob
 from service.errors import EngineFailed
 from service.metrics import Metrics
 from service.worker.bundle import load_bundle
-from service.worker.generation.beam_search import Beam, BeamSearch, placed
+from service.worker.generation.beam_search import Beam, BeamSearch, Rated, placed
 from service.worker.generation.generator import Generator
 from service.worker.generation.likeliest import Likeliest
 from service.worker.generation.scheduler import slots_for
@@ -38,15 +38,19 @@ likeliest = cache(Likeliest)
 
 def make_search(num_beams: int, **options: Any) -> BeamSearch:
     neutral = {"end_ids": (END_ID,), "min_tokens": 0, "max_tokens": 20, "length_penalty": 1.0}
-    parts = {"likeliest": likeliest(), "describe": lambda logits, token: None}
-    return BeamSearch(num_beams=num_beams, **{**neutral, **parts, **options})
+    return BeamSearch(num_beams=num_beams, **{**neutral, "describe": lambda logits, token: None, **options})
 
 
-def run(search: BeamSearch, model: Model) -> list[tuple[list[int], float]]:
+def step(search: BeamSearch, logits: Sequence[np.ndarray], *, more: int = 0) -> None:
+    """A step with `more` likely tokens of each row than it asked for."""
+    search.step(list(map(Rated, logits, likeliest().of(np.array(logits), search.num_likely + more))))
+
+
+def run(search: BeamSearch, model: Model, *, more: int = 0) -> list[tuple[list[int], float]]:
     """Ids and score of what it finds. Rows are copied as an engine would: from rows that stay what they are."""
     rows: Rows = [[]] * search._num_beams
     while True:
-        search.step(model(rows))
+        step(search, model(rows), more=more)
         if search.is_finished:
             return [([token for token, _ in beam.written], search.score(beam)) for beam in search.best]
         for parent, _ in search.continuations:
@@ -134,9 +138,9 @@ def test_the_first_child_of_a_beam_stays_and_the_others_take_rows_left_over() ->
 
 def test_only_what_ends_among_the_first_k_is_finished() -> None:
     search = make_search(2, length_penalty=0.0)
-    search.step(table([0.1, 0.3, 0.2, 0.4])([[], []]))  # the end, token 2, is the third
+    step(search, table([0.1, 0.3, 0.2, 0.4])([[], []]))  # the end, token 2, is the third
     assert search.best == []
-    search.step(table([0.1, 0.3, 0.5, 0.1])([[3], [1]]))  # 3 2 and 1 2 are the first and the second
+    step(search, table([0.1, 0.3, 0.5, 0.1])([[3], [1]]))  # 3 2 and 1 2 are the first and the second
     assert [[token for token, _ in beam.written] for beam in search.best] == [[3, END_ID], [1, END_ID]]
     assert search.is_finished
 
@@ -176,27 +180,36 @@ def test_tokens_are_described_from_the_logits_that_they_were_chosen_by() -> None
 
 def test_there_are_enough_that_live_whatever_else_ends() -> None:
     search = make_search(2, end_ids=(0, 1))
-    search.step(table([0.1, 0.1, 0.5, 0.3])([[], []]))  # 2, 3
-    search.step([np.log(np.array(row, np.float32)) for row in ([0.32, 0.32, 0.34, 0.02], [0.49, 0.49, 0.01, 0.01])])
+    step(search, table([0.1, 0.1, 0.5, 0.3])([[], []]))  # 2, 3
+    step(search, [np.log(np.array(row, np.float32)) for row in ([0.32, 0.32, 0.34, 0.02], [0.49, 0.49, 0.01, 0.01])])
     assert search.continuations == [(0, 2), (0, 3)]  # the first and the sixth; between them all four that end
     assert [[token for token, _ in beam.written] for beam in search.best] == [[2, 0]]
 
 
+@pytest.mark.parametrize("num_beams", [2, 3])
+def test_more_likely_tokens_than_it_asked_for_change_nothing(num_beams: int) -> None:
+    """They are there when a wider search runs beside it."""
+    random = np.random.default_rng(num_beams)
+    model = table(*random.dirichlet([0.5] * 12, size=6))
+    alone, beside = (run(make_search(num_beams, max_tokens=8), model, more=more) for more in (0, 5))
+    assert alone == beside
+
+
 def test_what_is_impossible_is_never_written() -> None:
     search = make_search(3, length_penalty=0.0)
-    search.step([certain(1)] * 3)
+    step(search, [certain(1)] * 3)
     assert search.continuations == [(0, 1), (1, 0), (2, 0)]  # one lives
-    search.step([certain(END_ID)] * 3)
+    step(search, [certain(END_ID)] * 3)
     assert search.is_finished  # none lives
     assert [([token for token, _ in beam.written], beam.total) for beam in search.best] == [([1, END_ID], 0.0)]
 
 
 def test_a_beam_goes_on_from_the_row_where_it_lives() -> None:
     search = make_search(2)
-    search.step(table([0.1, 0.5, 0.1, 0.3])([[], []]))
-    search.step([certain(END_ID), certain(0)])
+    step(search, table([0.1, 0.5, 0.1, 0.3])([[], []]))
+    step(search, [certain(END_ID), certain(0)])
     assert search.continuations == [(0, 0), (1, 0)]  # the beam of row 0 has ended
-    search.step(table([0.1, 0.5, 0.1, 0.3])([[], []]))
+    step(search, table([0.1, 0.5, 0.1, 0.3])([[], []]))
     assert search.continuations == [(1, 3), (1, 1)]
 
 
@@ -204,8 +217,8 @@ def test_a_beam_goes_on_from_the_row_where_it_lives() -> None:
 @pytest.mark.parametrize("row", [0, 1])
 def test_what_is_not_finite_fails(value: float, row: int) -> None:
     search = make_search(2)
-    search.step(table([0.4, 0.3, 0.1, 0.2])([[], []]))
+    step(search, table([0.4, 0.3, 0.1, 0.2])([[], []]))
     logits = np.zeros((2, 4), np.float32)
     logits[row, 3] = value
     with pytest.raises(EngineFailed):
-        search.step(logits)
+        step(search, logits)

@@ -101,7 +101,8 @@ RULES = [
     ),
     rule(
         "service.worker.generation.beam_search",
-        "service.domain service.errors service.worker.generation.likeliest service.worker.generation.output",
+        "service.domain service.errors service.worker.generation.likeliest service.worker.generation.output "
+        "service.worker.generation.sampling",
         "numpy",
     ),
     rule(

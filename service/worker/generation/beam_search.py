@@ -6,15 +6,17 @@ be given a copy of what is there. The rules are those of model.search, which the
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.domain import Event, GenerateRequest, TokenLogprob
-from service.errors import InvalidRequest, TooLarge
-from service.worker.generation.likeliest import Likeliest
+from service.errors import EngineFailed, InvalidRequest, TooLarge
+from service.worker.generation.likeliest import Likely
 from service.worker.generation.output import Output
+from service.worker.generation.sampling import NOT_FINITE
 
 Logits = NDArray[np.float32]
 Written = tuple[int, TokenLogprob | None]  # a token, and what the request wants to know of it
@@ -39,8 +41,14 @@ def check_beams(request: GenerateRequest, max_rows: int) -> None:
             raise InvalidRequest(f"{name} goes with num_beams 1 only, got {value!r}", param=name)
 
 
-@dataclass(frozen=True, slots=True)
-class Beam:
+class Rated(NamedTuple):
+    """A row's logits (vocabulary,), and which tokens are the likeliest by them: a search's `num_likely` or more."""
+
+    logits: Logits
+    likely: Likely
+
+
+class Beam(NamedTuple):
     """A hypothesis: what it has written, the sum of log-probabilities, and the row that held it without its last."""
 
     written: tuple[Written, ...] = ()
@@ -68,7 +76,6 @@ class BeamSearch:
         min_tokens: int,
         max_tokens: int,
         length_penalty: float,
-        likeliest: Likeliest,
         describe: Callable[[Logits, int], TokenLogprob | None],
     ) -> None:
         """`min_tokens` come before the end. `describe` tells of a token that is written what the request asks for."""
@@ -77,8 +84,8 @@ class BeamSearch:
         self._min_tokens = min_tokens
         self._max_tokens = max_tokens
         self._length_penalty = length_penalty
-        self._likeliest = likeliest
         self._describe = describe
+        self.num_likely = num_beams + len(self._end_ids)
         self._rows: list[Beam | None] = placed([Beam()], num_beams)  # at first all beams are the same one
         self._finished: list[Beam] = []
         self._num_tokens = 0  # of each beam
@@ -101,41 +108,47 @@ class BeamSearch:
     def score(self, beam: Beam) -> float:
         return beam.total / float(len(beam.written) ** self._length_penalty)
 
-    def step(self, logits: Sequence[Logits]) -> None:
-        """One more token, from (vocabulary,) of each row. Raises EngineFailed."""
+    def step(self, rows: Sequence[Rated]) -> None:
+        """One more token. Raises EngineFailed."""
         self._num_tokens += 1
-        ranked = self._candidates(logits)
+        ranked = self._candidates([row.likely for row in rows])
         ended = [one for one in ranked[: self._num_beams] if one[2] in self._end_ids]
         living = [one for one in ranked if one[2] not in self._end_ids][: self._num_beams]
-        self._finished += [self._continued(one, logits) for one in ended]
-        beams = [self._continued(one, logits) for one in living]
+        self._finished += [self._continued(one, rows) for one in ended]
+        beams = [self._continued(one, rows) for one in living]
         if self._num_tokens == self._max_tokens:
             self._finished += beams
         self._rows = placed(beams, self._num_beams)
 
-    def _candidates(self, logits: Sequence[Logits]) -> list[Candidate]:
+    def _candidates(self, likely: Sequence[Likely]) -> list[Candidate]:
         """The best first: as many that do not end as there are beams, and those between them. None is impossible.
 
-        Of equal ones that of the first row comes first, and of its lowest token.
+        Of equal ones that of the first row comes first, and of its lowest token. Nothing here is an array: there are
+        so few that each operation on one would cost more than all of them.
         """
-        living = [(at, beam.total) for at, beam in enumerate(self._rows) if beam is not None]
-        count = self._num_beams + len(living) * len(self._end_ids)  # each of them may end in each way
-        found, tokens = self._likeliest.of(np.array([logits[at] for at, _ in living]), count)
-        sums = (found + np.array([[total] for _, total in living])).ravel()
-        best = np.argsort(-sums, kind="stable")[:count]
-        rows = (best // found.shape[1]).tolist()
+        found: list[Candidate] = []
+        num_ends = 0
+        for at, (beam, (ids, log_p)) in enumerate(zip(self._rows, likely, strict=True)):
+            if beam is None:
+                continue
+            if not math.isfinite(log_p[0]):
+                raise EngineFailed(NOT_FINITE)
+            num_ends += len(self._end_ids)  # each of them may end in each way
+            total = beam.total
+            found += [(total + one, at, token) for token, one in zip(ids, log_p, strict=True)]
+        found.sort(key=itemgetter(0), reverse=True)  # stable
         may_end = self._num_tokens > self._min_tokens
         return [
-            (total, living[row][0], token)
-            for total, row, token in zip(sums[best].tolist(), rows, tokens.ravel()[best].tolist(), strict=True)
-            if total > -math.inf and (may_end or token not in self._end_ids)
+            one
+            for one in found[: self._num_beams + num_ends]
+            if one[0] > -math.inf and (may_end or one[2] not in self._end_ids)
         ]
 
-    def _continued(self, candidate: Candidate, logits: Sequence[Logits]) -> Beam:
+    def _continued(self, candidate: Candidate, rows: Sequence[Rated]) -> Beam:
         total, row, token = candidate
         beam = self._rows[row]
         assert beam is not None
-        return Beam((*beam.written, (token, self._describe(logits[row], token))), total, row)
+        return Beam((*beam.written, (token, self._describe(rows[row].logits, token))), total, row)
 
 
 def placed(beams: Sequence[Beam], num_rows: int) -> list[Beam | None]:
@@ -160,6 +173,7 @@ class BeamOutput:
     def __init__(self, search: BeamSearch, outputs: Sequence[Output]) -> None:
         self._search = search
         self._outputs = outputs
+        self.num_likely = search.num_likely  # of each row, to choose from
 
     @property
     def is_finished(self) -> bool:
@@ -182,7 +196,7 @@ class BeamOutput:
         """See Output.echoed."""
         return self._outputs[0].echoed(prompt)
 
-    def write(self, rows: Sequence[Logits]) -> list[Event]:
+    def write(self, rows: Sequence[Rated]) -> list[Event]:
         """One more token of every beam. Raises EngineFailed if logits are not finite."""
         self._search.step(rows)
         if not self._search.is_finished:

@@ -4,12 +4,11 @@
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from service.errors import EngineFailed
-from service.worker.generation.sampling import NOT_FINITE, Logits
+from service.worker.generation.sampling import Logits
 from service.worker.manifest import GraphSpec, TensorSpec
 from service.worker.session import Session
 
@@ -24,9 +23,19 @@ _SPEC = GraphSpec(
     outputs=(
         TensorSpec(name="values", dtype="float32", axes=("B", "K")),
         TensorSpec(name="ids", dtype="int64", axes=("B", "K")),
-        TensorSpec(name="log_greatest", dtype="float32", axes=("B",)),
+        TensorSpec(name="log_probabilities", dtype="float32", axes=("B", "K")),
     ),
 )
+
+
+class Likely(NamedTuple):
+    """The likeliest tokens of a row, the likeliest first, of equals the lowest; and their log-probabilities.
+
+    These are not finite if the row's greatest logit is not, or one of its logits is not a number.
+    """
+
+    ids: list[int]
+    log_p: list[float]
 
 
 class Likeliest:
@@ -35,14 +44,17 @@ class Likeliest:
     def __init__(self) -> None:
         self._session = Session(GRAPH, _SPEC, arena=True)
 
-    def of(self, logits: Logits, count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """(rows, vocabulary) -> log-probabilities and tokens (rows, count), the likeliest first, of equals the lowest.
+    def of(self, logits: Logits, count: int) -> list[Likely]:
+        """The `count` likeliest of each row of (rows, vocabulary); fewer if the vocabulary is smaller.
 
-        There are fewer if the vocabulary is smaller. Told apart is what differs in a bit of its logits. Raises
-        EngineFailed if a row's greatest logit is not finite, or one of its logits is not a number.
+        Told apart is what differs in a bit of its logits.
         """
         most = np.array([min(count, logits.shape[1])], np.int64)
-        values, ids, log_greatest = self._session.run({"logits": logits, "count": most})
-        if not np.isfinite(log_greatest).all():
-            raise EngineFailed(NOT_FINITE)
-        return values - (values[:, :1] - log_greatest[:, None].astype(np.float64)), ids
+        found = self._session.run({"logits": logits, "count": most})
+        return [_likely(*row) for row in zip(*[each.tolist() for each in found], strict=True)]
+
+
+def _likely(values: list[float], ids: list[int], log_p: list[float]) -> Likely:
+    """Log-probabilities in float64 from the first one in float32, in which neighbours may be equal."""
+    log_sum = values[0] - log_p[0]
+    return Likely(ids, [value - log_sum for value in values])

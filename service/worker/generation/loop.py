@@ -11,14 +11,15 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.domain import Event
 from service.worker.engine_threads import EngineThreads
-from service.worker.generation.beam_search import BeamOutput
+from service.worker.generation.beam_search import BeamOutput, Rated
+from service.worker.generation.likeliest import Likeliest
 from service.worker.generation.prefix_cache import CHUNK
 from service.worker.generation.scheduler import Scheduler
 from service.worker.generation.sequence import Job, Sequence
@@ -27,6 +28,7 @@ from service.worker.generation.step import Chunk, Step
 _log = logging.getLogger("attnd.engine")
 
 Logits = NDArray[np.float32]
+Given = Logits | Rated | None  # what a row gets to choose its token by; None: it failed
 Events = list[tuple[Job, Event]]
 
 
@@ -81,6 +83,7 @@ class GenerationLoop:
         self._scheduler = scheduler
         self._tell = tell
         self._publish = publish
+        self._likeliest = Likeliest()
         self._threads = EngineThreads(
             self._next_step, lambda step: publish(self._execute(step)), died=died, num_threads=1, name=name
         )
@@ -182,9 +185,11 @@ class GenerationLoop:
         if chunk.is_last:
             for fork in chunk.forks:
                 self._engine.move(sequence.slot, fork.slot, 0, chunk.end)
-            for complete in (sequence, *chunk.forks):
+            rows = (sequence, *chunk.forks)
+            last = self._rated(rows, [logits[-1]] * len(rows))
+            for complete in rows:
                 if not complete.is_follower:
-                    self._write(complete, [logits[-1]] * len(complete.rows), time.monotonic(), done)
+                    self._write(complete, last[: len(complete.rows)], time.monotonic(), done)
 
     def _echo(self, chunk: Chunk, logits: Logits, done: Done) -> None:
         sequence = chunk.sequence
@@ -199,10 +204,27 @@ class GenerationLoop:
         except Exception as error:
             _log.error("the engine failed on a step of %d rows; each is tried alone", len(ids), exc_info=error)
             logits = [self._alone(row, length) for row, length in zip(step.rows, step.lengths, strict=True)]
+        given = self._rated(step.rows, logits)
         now = time.monotonic()
         for row in step.rows:
             if not (row.is_follower or row.is_finished):  # already: its source could not be read
-                self._write(row, [logits[one.slot] for one in row.rows], now, done)
+                self._write(row, [given[one.slot] for one in row.rows], now, done)
+
+    def _rated(self, rows: Several[Sequence], logits: Several[Logits | None] | Logits) -> Several[Given] | Logits:
+        """The logits of `rows`; with those of beams their likeliest tokens, sought for all searches at once."""
+        wanted = [row.output.num_likely for row in rows]
+        count = max(wanted)
+        if not count:
+            return logits
+        if isinstance(logits, np.ndarray) and all(wanted):
+            return list(map(Rated, logits, self._likeliest.of(logits, count)))
+        given: list[Given] = list(logits)
+        beams = {at: one for at, one in enumerate(logits) if wanted[at] and one is not None}
+        if beams:
+            found = self._likeliest.of(np.array(list(beams.values())), count)
+            for at, likely in zip(beams, found, strict=True):
+                given[at] = Rated(beams[at], likely)
+        return given
 
     def _alone(self, row: Sequence, length: int) -> Logits | None:
         """The same step for one row: it stays in its slot, and one token is prefilled there."""
@@ -213,12 +235,12 @@ class GenerationLoop:
             _log.error("the engine failed on one row, too", exc_info=error)
             return None
 
-    def _write(self, sequence: Sequence, logits: Several[Logits | None], now: float, done: Done) -> None:
-        """One more token of an output or of all beams of a search, and what follows from it. None: the row failed."""
+    def _write(self, sequence: Sequence, given: Several[Given] | Logits, now: float, done: Done) -> None:
+        """One more token of an output or of all beams of a search, and what follows from it."""
         output, progress = sequence.output, sequence.job.progress
         num_untold = output.num_untold
-        rows = [row for row in logits if row is not None]
-        if len(rows) < len(logits):
+        rows: list[Any] = [row for row in given if row is not None]  # of the kind that the output takes
+        if len(rows) < len(given):
             self._fail((sequence,), None, done)
             return
         try:

@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
 class Output:
     """`end_ids` end it, as do the request's stop ids and strings, and `max_tokens` do."""
 
+    num_likely = 0  # of the likeliest tokens it asks for none: see BeamOutput
+
     def __init__(
         self,
         index: int,

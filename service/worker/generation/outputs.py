@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from service.domain import GenerateRequest
 from service.worker.bundle import Bundle
 from service.worker.generation.beam_search import BeamOutput, BeamSearch
-from service.worker.generation.likeliest import Likeliest
 from service.worker.generation.output import Output
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
 from service.worker.generation.prompts import PromptReader
@@ -61,7 +60,6 @@ class Outputs:
         self._all_end_ids = generation.end_ids
         self._temperature = generation.temperature
         self._vocab_size = vocab_size
-        self._likeliest = Likeliest()
 
     def sequence(self, job: Job, request: GenerateRequest, plan: OutputPlan) -> Sequence:
         """Raises InvalidRequest for token ids that the model does not have."""
@@ -99,7 +97,6 @@ class Outputs:
             min_tokens=request.min_tokens,
             max_tokens=plan.max_tokens,
             length_penalty=request.length_penalty,
-            likeliest=self._likeliest,
             describe=outputs[0].logprob,
         )
         return BeamOutput(search, outputs)
