@@ -123,9 +123,11 @@ RULES = [
     rule("service.worker.generation.lane_messages", "service.domain service.worker.generation.report", "msgspec"),
     rule(
         "service.worker.generation.process_lane",
-        "service.domain service.errors service.worker.generation.lane_messages service.worker.generation.lanes "
+        "service.domain service.errors service.worker.generation.lane_messages "
+        "service.worker.generation.lane_processes service.worker.generation.lanes "
         "service.worker.generation.outputs service.worker.generation.report service.worker.generation.sequence",
     ),
+    rule("service.worker.generation.lane_processes", "service.errors service.worker.generation.lane_messages"),
     rule(
         "service.worker.generation.lane_process",
         "service.domain service.errors service.logs service.worker.bundle service.worker.generation.*",

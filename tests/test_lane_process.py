@@ -1,5 +1,6 @@
 """A lane's process from within, in a thread of the test: what it says and of whom, and how it ends."""
 
+import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 
 from service.domain import Finish, GenerateRequest, Progress, PromptTokens, Token, TokenLogprob
-from service.worker.generation import lane_process
 from service.worker.generation.lane_messages import (
     Add,
     Close,
@@ -28,7 +28,7 @@ from service.worker.generation.lane_messages import (
     decode_to_server,
     framed,
 )
-from service.worker.generation.lane_process import Channel, Desk, serve
+from service.worker.generation.lane_process import Channel, Desk, load_lane, serve
 from service.worker.generation.loop import GenerationLoop
 from service.worker.generation.report import Ended, Report, StepFacts
 from service.worker.generation.sequence import Job
@@ -49,7 +49,7 @@ TOLD = Told(
     [Marks(7, 1.0, None, [None, 0.5])],
     17,
 )
-SAID: list[ToServer] = [Ready(), Refused("ConfigError", "no such provider", "provider"), TOLD]
+SAID: list[ToServer] = [Ready(12), Refused("ConfigError", "no such provider", "provider"), TOLD]
 ASKED: list[ToProcess] = [Load("bundle", 8, "cpu", False, "info"), ADD, Close(7, None), Close(7, 2.5)]
 
 
@@ -136,37 +136,43 @@ def bundle(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[socket.socket, Future[None]]]:
+def ends(bundle: Path) -> Iterator[tuple[socket.socket, Future[None]]]:
     """The server's end of the channel of a process that is a thread, and how that ends."""
-    monkeypatch.setattr(lane_process, "configure_logging", print)
+    lane = load_lane(Load(str(bundle), 8, "cpu", False, "error"))
     ours, theirs = socket.socketpair()
     with ThreadPoolExecutor(1) as threads, ours, theirs:
         ours.settimeout(20)
-        yield ours, threads.submit(serve, Channel(theirs))
+        yield ours, threads.submit(serve, lane, Channel(theirs))
 
 
 def test_what_kills_an_engine_thread_ends_the_process(
-    bundle: Path, ends: tuple[socket.socket, Future[None]], monkeypatch: pytest.MonkeyPatch
+    ends: tuple[socket.socket, Future[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise MemoryError
 
     server, end = ends
     monkeypatch.setattr(GenerationLoop, "_execute", broken)
-    load = framed(Load(str(bundle), 8, "cpu", False, "error"))
-    server.sendall(load[:9])
-    server.sendall(load[9:])
-    assert server.recv(100) == framed(Ready())
+    assert server.recv(100) == framed(Ready(os.getpid()))
     server.sendall(framed(ADD))
     with pytest.raises(MemoryError):
         end.result(20)
 
 
-def test_it_ends_when_the_server_says_no_more(bundle: Path, ends: tuple[socket.socket, Future[None]]) -> None:
+def test_it_ends_when_the_server_says_no_more(ends: tuple[socket.socket, Future[None]]) -> None:
     server, end = ends
-    server.sendall(framed(Load(str(bundle), 8, "cpu", False, "error")))
-    assert server.recv(100) == framed(Ready())
+    assert server.recv(100) == framed(Ready(os.getpid()))
     server.sendall(framed(ADD)[:-1])
     server.close()
     with pytest.raises(EOFError):
         end.result(20)
+
+
+def test_what_to_load_may_come_in_pieces() -> None:
+    load = Load("bundle", 8, "cpu", False, "error")
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor(1) as threads:
+        first = threads.submit(Channel(theirs).first)
+        for piece in (framed(load)[:9], framed(load)[9:]):
+            ours.sendall(piece)
+        assert first.result(20) == load

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,10 +22,12 @@ from service.domain import GenerateRequest, Progress, Token
 from service.errors import BundleError, ConfigError, EngineFailed, Unavailable
 from service.metrics import Metrics
 from service.worker.bundle import load_bundle
+from service.worker.generation import lane_processes
 from service.worker.generation.generator import Generator
 from service.worker.generation.lane_messages import Load
+from service.worker.generation.lane_processes import LaneProcesses
 from service.worker.generation.outputs import OutputPlan
-from service.worker.generation.process_lane import ProcessLane, _started
+from service.worker.generation.process_lane import ProcessLane
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
 from service.worker.generation.prompts import PromptReader
 from service.worker.generation.scheduler import slots_for
@@ -55,7 +58,8 @@ class Running:
     def __init__(self, directory: Path, num_lanes: int) -> None:
         bundle = load_bundle(directory)
         self.metrics = Metrics((0.001, 1.0), {})
-        self.lanes = [ProcessLane(load_of(directory)) for _ in range(num_lanes)]
+        self.processes = LaneProcesses(load_of(directory), num_lanes)
+        self.lanes = [ProcessLane(self.processes, place) for place in range(num_lanes)]
         vocab_size = vocabulary_of(bundle.graph("decode"))
         prompts = PromptReader(bundle, PromptTokenizer(bundle.tokenizer_path), vocab_size=vocab_size)
         sizes = {"max_rows": ROWS, "max_waiting": 400, "num_blocks": 0}
@@ -74,6 +78,18 @@ def load_of(directory: Path, **fields: Any) -> Load:
     return Load(**given | {"log_level": "error"} | fields)
 
 
+def lane_of(directory: Path, **fields: Any) -> ProcessLane:
+    return ProcessLane(LaneProcesses(load_of(directory, **fields), 1), 0)
+
+
+def is_alive(lane: ProcessLane) -> bool:
+    try:
+        os.kill(lane.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 Start = Callable[..., Awaitable[Running]]
 
 
@@ -89,7 +105,7 @@ async def run(bundle: Path) -> AsyncIterator[Start]:
     yield start
     for running in started:
         await running.backend.aclose()
-        assert all(lane._process.returncode is not None for lane in running.lanes)
+        assert not any(map(is_alive, running.lanes))
 
 
 async def in_a_thread(directory: Path) -> LocalBackend:
@@ -151,7 +167,7 @@ async def test_whoever_leaves_gives_the_slots_back(run: Start) -> None:
 
 
 async def test_what_runs_and_what_waits_are_counted_in_rows(bundle: Path) -> None:
-    lane = ProcessLane(load_of(bundle))
+    lane = lane_of(bundle)
     lane._say = lambda message: None  # type: ignore[method-assign]
     request = GenerateRequest(prompt=[[5], [6], [7]], num_beams=4)
     plans = [OutputPlan(Prompt(at, [5 + at], is_whole=True), at, 0, 9) for at in range(3)]
@@ -177,7 +193,7 @@ async def kill(bundle: Path) -> None:
     running = await Running(bundle, 2).start()
     open_ = asyncio.ensure_future(collect(running.backend, call(), **LONG | {"n": 4}))
     await until(lambda: running.generator._lanes.num_running > 0)
-    running.lanes[1]._process.kill()
+    os.kill(running.lanes[1].pid, signal.SIGKILL)
     with pytest.raises(EngineFailed, match="the engine of tiny-translation has failed"):
         await open_
     with pytest.raises(Unavailable, match="the engine of tiny-translation has failed"):
@@ -185,25 +201,25 @@ async def kill(bundle: Path) -> None:
     with pytest.raises(Unavailable):
         await collect(running.backend, call(), **LONG)
     await running.backend.aclose()
-    assert all(lane._process.returncode is not None for lane in running.lanes)
+    assert not any(map(is_alive, running.lanes))
 
 
 async def test_signals_to_the_server_s_group_do_not_end_what_it_drains(run: Start) -> None:
     running = await run()
     for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(running.lanes[0]._process.pid, number)
+        os.killpg(os.getpgid(running.lanes[0].pid), number)
     assert len((await collect(running.backend, call(), **LONG)).ids(19)) == 64
 
 
 async def test_a_provider_that_is_not_there_is_refused_by_name(bundle: Path) -> None:
     with pytest.raises(ConfigError, match="provider is 'cuda', generation runs on the cpu only") as caught:
-        await ProcessLane(load_of(bundle, provider="cuda")).start(print, print)
+        await lane_of(bundle, provider="cuda").start(print, print)
     assert caught.value.param == "provider"
 
 
 async def test_a_broken_bundle_is_refused(broken: Path) -> None:
     with pytest.raises(BundleError, match=r"generation\.bos_id"):
-        await ProcessLane(load_of(broken)).start(print, print)
+        await lane_of(broken).start(print, print)
 
 
 @pytest.fixture
@@ -219,24 +235,52 @@ async def test_one_that_dies_while_it_loads_says_with_what_status(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(EngineFailed, match="ended with status 1 before it was ready"):
-        await ProcessLane(load_of(bundle)).start(print, print)
+    with pytest.raises(EngineFailed, match=r"ended before it was ready \(status 1\)"):
+        await lane_of(bundle).start(print, print)
 
 
 def test_it_finds_modules_where_its_server_does(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in a folder that it happens to be started in."""
     (tmp_path / "service.py").write_text("raise SystemExit(9)")
     monkeypatch.chdir(tmp_path)
-    process, channel = _started(load_of(bundle))
+    processes = LaneProcesses(load_of(bundle), 1)
+    channel, _ = processes.open(0)
     channel.close()
-    assert process.wait(20) == 0
+    processes.end()
+    assert processes._loader.returncode == 0
 
 
 @pytest.mark.parametrize("is_abrupt", [False, True])
-def test_a_process_ends_with_its_server(bundle: Path, is_abrupt: bool) -> None:
+def test_processes_end_with_their_server(bundle: Path, is_abrupt: bool) -> None:
     """Whether that said goodbye or not."""
-    process, channel = _started(load_of(bundle))
-    if is_abrupt:
-        channel.sendall(b"\xff\xff")  # the beginning of something
-    channel.close()
-    assert process.wait(20) == 0
+    processes = LaneProcesses(load_of(bundle), 2)
+    channels = [processes.open(lane)[0] for lane in range(2)]
+    for channel in channels:
+        if is_abrupt:
+            channel.sendall(b"\xff\xff")  # the beginning of something
+        channel.close()
+    processes.end()
+    assert processes._loader.returncode == 0
+
+
+def test_one_that_does_not_end_is_killed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane_processes, "LAST_STEP_S", 0.2)
+    processes = LaneProcesses(load_of(bundle), 2)
+    channels = [processes.open(lane)[0] for lane in range(2)]
+    processes.end()
+    assert processes._loader.returncode == -signal.SIGKILL
+    for channel in channels:
+        with channel:
+            assert channel.recv(1) == b""
+
+
+def test_lanes_share_the_model_s_memory(bundle: Path) -> None:
+    """A page that several have is divided among them in what `Pss` counts, and is whole in `Rss`."""
+    processes = LaneProcesses(load_of(bundle), 3)
+    lanes = [processes.open(lane) for lane in range(3)]
+    for _, pid in lanes:
+        sizes = dict(re.findall(r"^(Rss|Pss): +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE))
+        assert int(sizes["Pss"]) < 0.5 * int(sizes["Rss"])
+    for channel, _ in lanes:
+        channel.close()
+    processes.end()

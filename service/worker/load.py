@@ -1,7 +1,7 @@
 """From settings to served models: finds the bundles, checks them, opens their engines, warms them up."""
 
 import logging
-import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from service.worker.generation.decoder import GRAPH, DecoderEngine, kv_bytes_per
 from service.worker.generation.generator import Generator
 from service.worker.generation.kv_budget import KvPlan, divide, kv_budget
 from service.worker.generation.lane_messages import Load
+from service.worker.generation.lane_processes import LaneProcesses
 from service.worker.generation.lanes import Lane
 from service.worker.generation.loop import Engine
 from service.worker.generation.outputs import Outputs
@@ -33,7 +34,7 @@ _log = logging.getLogger("attnd.load")
 SHIPPED = Path(__file__).parents[2] / "model" / "zoo"
 MANIFEST = "manifest.json"
 CHAT = "chat"  # the shipped model whose graph other weights can be bound to
-MAX_LANES = 8  # of a translation: more than one event loop can keep busy, and each has the weights and K/V of its own
+MAX_LANES = 8  # of a translation: more than one event loop can keep busy, and each has K/V of its own
 MAX_BATCH = {"generation": 16, "translation": 32}  # with more a translation's step costs as much a row as with these
 
 
@@ -172,9 +173,10 @@ def _translation_lanes(
 ) -> Sequence[Lane]:
     """One for each of `threads`.
 
-    Each is a process of its own, where there are several and the system can hand over a socket.
+    Each is a process of its own, where there are several and the system lets a process that has loaded libraries fork.
     """
-    if threads > 1 and os.name == "posix":
+    num_lanes = min(threads, MAX_LANES)
+    if num_lanes > 1 and sys.platform == "linux":
         load = Load(
             str(bundle.directory),
             plan.max_rows,
@@ -182,7 +184,8 @@ def _translation_lanes(
             fallback=settings.provider_fallback,
             log_level=settings.log_level,
         )
-        return [ProcessLane(load) for _ in range(min(threads, MAX_LANES))]
+        processes = LaneProcesses(load, num_lanes)
+        return [ProcessLane(processes, place) for place in range(num_lanes)]
     engine = TranslatorEngine(
         bundle,
         num_slots=plan.num_slots,

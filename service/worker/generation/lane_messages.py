@@ -44,7 +44,9 @@ class Close(msgspec.Struct, tag="close", array_like=True, frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
-    """To the server: the model is loaded."""
+    """To the server: the model is loaded, and this process is the lane's."""
+
+    pid: int
 
 
 class Refused(msgspec.Struct, tag="refused", array_like=True, frozen=True):

@@ -1,15 +1,21 @@
-"""The process of a lane: `python -m service.worker.generation.lane_process FD`, FD being its end of a pair of sockets.
+"""The processes of a model's lanes: `python -m service.worker.generation.lane_process FD...`, with ends of channels.
 
-One thread does it all, since another would have to be woken: between two steps it looks at what the server says, and
-waits for that where there is nothing to do. It ends when the server closes its end, or has gone; signals that are meant
-for the server are none of its concern.
+The first one loads the model, forks a lane for each channel, and waits for them. One thread does all that a lane does,
+since another would have to be woken: between two steps it looks at what the server says, and waits for that where there
+is nothing to do. It ends when the server closes its end, or has gone; signals that are meant for the server are none of
+its concern.
 """
 
+import gc
 import logging
+import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from collections.abc import Sequence as Several
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from service.domain import Finish, Progress, PromptTokens, Token
@@ -54,6 +60,9 @@ class Channel:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._frames = Frames()
+
+    def close(self) -> None:
+        self._channel.close()
 
     def say(self, message: ToServer) -> None:
         with suppress(ConnectionError):
@@ -147,20 +156,22 @@ def _marks(number: int, progress: Progress) -> Marks:
     return Marks(number, progress.started, progress.first_token, gaps)
 
 
-def serve(channel: Channel) -> None:
-    """Raises EOFError when the server closes its end; BundleError and ConfigError if the model cannot be loaded."""
-    load = channel.first()
-    configure_logging(load.log_level)
+def load_lane(load: Load) -> ThreadLane:
+    """Raises BundleError and ConfigError if the model cannot be loaded."""
     bundle = load_bundle(Path(load.directory))
     engine = TranslatorEngine(
         bundle, num_slots=slots_for(load.max_rows), threads=1, provider=load.provider, fallback=load.fallback
     )
     engine.warm_up()
     outputs = Outputs(bundle, PromptTokenizer(bundle.tokenizer_path), vocab_size=engine.vocab_size)
-    lane = ThreadLane(engine, outputs, max_rows=load.max_rows, num_blocks=0, name=bundle.manifest.id)
+    return ThreadLane(engine, outputs, max_rows=load.max_rows, num_blocks=0, name=bundle.manifest.id)
+
+
+def serve(lane: ThreadLane, channel: Channel) -> None:
+    """Raises EOFError when the server closes its end."""
     desk = Desk(lane, channel)
     lane.open(desk.tell, print)
-    channel.say(Ready())
+    channel.say(Ready(os.getpid()))
     is_busy = False
     while True:
         for message in channel.hear(wait=not is_busy):
@@ -168,19 +179,51 @@ def serve(channel: Channel) -> None:
         is_busy = lane.step()
 
 
+def fork(lane: ThreadLane, channels: Several[Channel]) -> None:
+    """A process for each channel, which holds that one only: who waits at its other end learns of its death at once."""
+    gc.collect()
+    gc.freeze()  # what is there now stays, and looking at it would copy its memory
+    for channel in channels:
+        if not os.fork():
+            for other in channels:
+                if other is not channel:
+                    other.close()
+            os._exit(status_of(partial(serve, lane, channel)))
+        channel.close()
+
+
+def status_of(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except EOFError:
+        pass  # the server ends, or has ended
+    except Exception as error:
+        _log.critical("a lane died", exc_info=error)
+        return 1
+    return 0
+
+
+def load_and_fork(channels: Several[Channel]) -> None:
+    """Raises EOFError when the server ends before it has said what to load."""
+    load = channels[0].first()
+    configure_logging(load.log_level)
+    try:
+        lane = load_lane(load)
+    except (BundleError, ConfigError) as error:
+        for channel in channels:
+            channel.say(Refused(type(error).__name__, error.message, error.param))
+        return
+    fork(lane, channels)
+    with suppress(ChildProcessError):  # there are no more
+        while True:
+            os.wait()
+
+
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    try:
-        serve(channel)
-    except EOFError:
-        pass  # the server ends, or has ended
-    except (BundleError, ConfigError) as error:
-        channel.say(Refused(type(error).__name__, error.message, error.param))
-    except Exception as error:
-        _log.critical("a lane died", exc_info=error)
-        sys.exit(1)
+    channels = [Channel(socket.socket(fileno=int(end))) for end in sys.argv[1:]]
+    sys.exit(status_of(partial(load_and_fork, channels)))
 
 
 if __name__ == "__main__":

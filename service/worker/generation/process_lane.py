@@ -1,45 +1,35 @@
 """A lane in a process of its own, as seen by the server: it is told what to write, and its reports come back.
 
 Threads of one process take turns at Python, and a small model's steps leave half of their time to it: with lanes in
-threads a quarter of two cores lies idle. A process ends with its server: its socket is closed then, however that came.
+threads a quarter of two cores lies idle.
 """
 
 import asyncio
 import logging
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Several
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
 from service.domain import GenerateRequest
-from service.errors import BundleError, ConfigError, EngineFailed
+from service.errors import EngineFailed
 from service.worker.generation.lane_messages import (
     Add,
     Close,
     Frames,
-    Load,
     Marks,
-    Ready,
-    Refused,
     Told,
     ToProcess,
     decode_to_server,
     framed,
 )
+from service.worker.generation.lane_processes import LaneProcesses
 from service.worker.generation.lanes import Died, Tell
 from service.worker.generation.outputs import OutputPlan
 from service.worker.generation.report import Report
 from service.worker.generation.sequence import Job
 
 _log = logging.getLogger("attnd.engine")
-
-LOAD_S = 300.0  # that a process may take to load its model
-LAST_STEP_S = 30.0  # to end, before it is killed
 
 
 @dataclass(slots=True)
@@ -55,11 +45,14 @@ class ProcessLane:
     """See Lane. `tell` is called on the asyncio thread.
 
     What runs and what waits is counted here, as if an output took a row as soon as one is free, so that only those over
-    `load.max_rows` wait. A search that waits for several rows leaves a few of them free, which is not seen here.
+    `max_rows` wait. A search that waits for several rows leaves a few of them free, which is not seen here.
     """
 
-    def __init__(self, load: Load) -> None:
-        self._load = load
+    def __init__(self, processes: LaneProcesses, place: int) -> None:
+        """It is the lane `place` of those that `processes` can open."""
+        self._processes = processes
+        self._place = place
+        self._max_rows = processes.max_rows
         self._unsaid: list[bytes] = []
         self._numbers = count()
         self._jobs: dict[int, Job] = {}
@@ -69,8 +62,8 @@ class ProcessLane:
 
     async def start(self, tell: Tell, died: Died) -> None:
         """Raises BundleError, ConfigError and EngineFailed."""
-        process, channel = await asyncio.to_thread(_started, self._load)
-        self._process, self._tell, self._died = process, tell, died
+        channel, self.pid = await asyncio.to_thread(self._processes.open, self._place)
+        self._tell, self._died = tell, died
         self._ends = _Ends(self._hear, self._lost)
         loop = asyncio.get_running_loop()
         self._transport, _ = await loop.create_unix_connection(lambda: self._ends, sock=channel)
@@ -78,7 +71,7 @@ class ProcessLane:
     async def stop(self) -> None:
         self._ends.is_expected = True
         self._transport.abort()  # what it has not been told yet concerns nobody any more
-        await asyncio.to_thread(_end, self._process)
+        await asyncio.to_thread(self._processes.end)
 
     def add(self, job: Job, request: GenerateRequest, plans: Several[OutputPlan]) -> None:
         if job.is_closed:
@@ -105,11 +98,11 @@ class ProcessLane:
 
     @property
     def num_waiting(self) -> int:
-        return max(0, self._num_rows - self._load.max_rows)
+        return max(0, self._num_rows - self._max_rows)
 
     @property
     def num_running(self) -> int:
-        return min(self._num_rows, self._load.max_rows)
+        return min(self._num_rows, self._max_rows)
 
     def _say(self, message: ToProcess) -> None:
         """What one turn of the event loop has to say goes in one piece: every piece wakes the process."""
@@ -123,8 +116,8 @@ class ProcessLane:
             self._transport.write(b"".join(unsaid))
 
     def _lost(self, error: Exception | None) -> None:
-        gone = EngineFailed(f"process {self._process.pid}, which writes for this model, has ended or is not understood")
-        _log.critical("%s (status %s)", gone.message, self._process.poll(), exc_info=error)
+        gone = EngineFailed(f"process {self.pid}, which writes for this model, has ended or is not understood")
+        _log.critical("%s", gone.message, exc_info=error)
         self.num_kept_tokens = 0
         self._died(gone)
 
@@ -177,54 +170,6 @@ class _Ends(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if not self.is_expected:
             self._lost(error)
-
-
-def _started(load: Load) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A process that has loaded the model, and this end of its channel. Blocks.
-
-    It finds modules where this one does, and is in a group of its own, which Ctrl-C does not reach.
-    """
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-P", "-m", "service.worker.generation.lane_process", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(),),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-            process_group=0,
-        )
-    try:
-        ours.settimeout(LOAD_S)
-        _await_ready(process, ours, load)
-    except BaseException:
-        ours.close()
-        _end(process)
-        raise
-    return process, ours
-
-
-def _await_ready(process: subprocess.Popen[bytes], channel: socket.socket, load: Load) -> None:
-    frames = Frames()
-    with suppress(ConnectionError):
-        channel.sendall(framed(load))
-        while data := channel.recv(4096):
-            for body in frames.feed(data):
-                match decode_to_server(body):
-                    case Ready():
-                        return
-                    case Refused(error="ConfigError", message=message, param=param):
-                        raise ConfigError(message, param=param)
-                    case Refused(message=message):
-                        raise BundleError(message)
-    raise EngineFailed(f"the process that writes for a model ended with status {process.wait()} before it was ready")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(LAST_STEP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _mark(job: Job, marks: Marks) -> None:
