@@ -84,7 +84,8 @@ class Scheduler:
         self._inherit(step)
         self._drop_unfinished_prompts(step)
         self._settle_rows(step)
-        self._plan_prompts(step, budget_beside(len(self._rows)))
+        if self._waiting or self._prefilling:
+            self._plan_prompts(step, budget_beside(len(self._rows)))
         step.rows = list(self._rows)
         step.lengths = [row.num_computed for row in self._rows]
         for row in self._rows:
