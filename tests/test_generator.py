@@ -327,6 +327,24 @@ async def test_a_search_gets_the_same_bits_alone_and_among_neighbours(run: Start
     await until(lambda: running.num_busy == 0)
 
 
+async def test_searches_whose_likeliest_tokens_cannot_be_found_fail_and_nobody_else_does(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lane,) = running.generator._lanes._lanes
+
+    def failing(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lane._likeliest, "of", failing)
+        plain = asyncio.ensure_future(running.collect())
+        with pytest.raises(EngineFailed, match="failed on output 0"):
+            await running.collect(num_beams=2)
+        assert len((await plain).ids()) == 12
+    assert len((await running.collect(num_beams=2)).ids()) == 12
+    await until(lambda: running.num_busy == 0)
+
+
 async def test_each_prompt_of_a_request_is_a_search_of_its_own(run: Start_) -> None:
     running = await run(max_rows=5)
     options = {"num_beams": 3, "n": 2, "logprobs": 0}

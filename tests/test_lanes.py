@@ -233,7 +233,8 @@ async def test_a_lane_that_dies_fails_the_model(bundle: Path, monkeypatch: pytes
 
 def test_a_search_that_fails_is_one_output_less() -> None:
     """Its rows have one event, one error and one count together."""
-    loop = GenerationLoop(NOBODY, Scheduler(max_rows=4, num_blocks=0), tell=print, publish=print, died=print, name="x")
+    scheduler, told = Scheduler(max_rows=4, num_blocks=0), {"tell": print, "publish": print, "died": print}
+    loop = GenerationLoop(NOBODY, scheduler, NOBODY, name="x", **told)
     lead, done = Sequence(Job(3, Progress()), 0, Prompt(0, [5]), NOBODY, num_beams=3), Done(Step(), 0.0)
     loop._fail(lead.rows, None, done)
     assert done.failed == [lead]

@@ -6,8 +6,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +38,7 @@ from service.worker.generation.sequence import Job, Prompt
 from service.worker.generation.translator import TranslatorEngine, vocabulary_of
 from service.worker.local import LocalBackend
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere lanes are no processes")
 tiny = pytest.importorskip("tests.tiny_translator", reason="exporting needs torch", exc_type=ImportError)
 
 ROWS = 8
@@ -235,7 +239,7 @@ async def test_one_that_dies_while_it_loads_says_with_what_status(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(EngineFailed, match=r"ended before it was ready \(status 1\)"):
+    with pytest.raises(EngineFailed, match=r"ended before it was ready \(its loader: status 1\)"):
         await lane_of(bundle).start(print, print)
 
 
@@ -246,8 +250,7 @@ def test_it_finds_modules_where_its_server_does(bundle: Path, tmp_path: Path, mo
     processes = LaneProcesses(load_of(bundle), 1)
     channel, _ = processes.open(0)
     channel.close()
-    processes.end()
-    assert processes._loader.returncode == 0
+    assert processes.end() == 0
 
 
 @pytest.mark.parametrize("is_abrupt", [False, True])
@@ -259,28 +262,63 @@ def test_processes_end_with_their_server(bundle: Path, is_abrupt: bool) -> None:
         if is_abrupt:
             channel.sendall(b"\xff\xff")  # the beginning of something
         channel.close()
-    processes.end()
-    assert processes._loader.returncode == 0
+    assert processes.end() == 0
 
 
-def test_one_that_does_not_end_is_killed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_that_do_not_end_are_killed_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every lane asks for it when a server stops."""
     monkeypatch.setattr(lane_processes, "LAST_STEP_S", 0.2)
-    processes = LaneProcesses(load_of(bundle), 2)
-    channels = [processes.open(lane)[0] for lane in range(2)]
-    processes.end()
-    assert processes._loader.returncode == -signal.SIGKILL
+    processes = LaneProcesses(load_of(bundle), 4)
+    channels = [processes.open(lane)[0] for lane in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(lambda _: processes.end(), channels)] == [-signal.SIGKILL] * 4
     for channel in channels:
         with channel:
             assert channel.recv(1) == b""
 
 
+def test_a_lane_that_dies_is_told_of_in_the_end(bundle: Path) -> None:
+    processes = LaneProcesses(load_of(bundle), 2)
+    (first, _), (second, pid) = [processes.open(lane) for lane in range(2)]
+    os.kill(pid, signal.SIGSEGV)
+    assert second.recv(1) == b""
+    for channel in (first, second):
+        channel.close()
+    assert processes.end() == 1
+
+
+def test_a_start_that_fails_in_one_lane_ends_the_others_soon(bundle: Path) -> None:
+    processes = LaneProcesses(load_of(bundle), 3)
+    channel, _ = processes.open(0)
+    processes.open(1)[0].close()
+    processes.open(2)[0].shutdown(socket.SHUT_RDWR)
+    begun = time.monotonic()
+    with pytest.raises(EngineFailed, match="ended before it was ready"):
+        processes.open(2)
+    assert time.monotonic() - begun < lane_processes.FAILING_S + 5
+    with channel:
+        assert channel.recv(1) == b""
+
+
+def test_where_no_process_can_be_started_every_lane_says_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere")
+    processes = LaneProcesses(load_of(bundle), 2)
+    for lane in range(2):
+        with pytest.raises(FileNotFoundError):
+            processes.open(lane)
+    assert processes.end() == 0
+
+
 def test_lanes_share_the_model_s_memory(bundle: Path) -> None:
-    """A page that several have is divided among them in what `Pss` counts, and is whole in `Rss`."""
+    """A page that several have is divided among them in what `Pss_Anon` counts, and whole in `Anonymous`."""
     processes = LaneProcesses(load_of(bundle), 3)
     lanes = [processes.open(lane) for lane in range(3)]
-    for _, pid in lanes:
-        sizes = dict(re.findall(r"^(Rss|Pss): +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE))
-        assert int(sizes["Pss"]) < 0.5 * int(sizes["Rss"])
-    for channel, _ in lanes:
-        channel.close()
-    processes.end()
+    try:
+        for _, pid in lanes:
+            told = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            sizes = dict(re.findall(r"^(Pss_Anon|Anonymous): +(\d+) kB", told, re.MULTILINE))
+            assert int(sizes["Pss_Anon"]) < 0.5 * int(sizes["Anonymous"])
+    finally:
+        for channel, _ in lanes:
+            channel.close()
+    assert processes.end() == 0

@@ -112,7 +112,8 @@ def _open_classifier(bundle: Bundle, settings: Settings, metrics: Metrics) -> Cl
 
 
 def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Generator:
-    """A chat's steps follow one another, and each computes on all threads. A translation has a lane for each of them.
+    """A chat's steps follow one another, and each computes on all threads. A translation has a lane for each of them
+    on Linux, elsewhere one: what has loaded libraries may not fork there.
 
     Such a step, a chat's twentieth, is over before a second thread has woken, and what it reads is no other's prefix.
     Where a classifier is served beside them its threads compete with the lanes for the same cores, and the system
@@ -120,10 +121,11 @@ def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Gen
     """
     is_chat = bundle.manifest.task == "generation"
     threads = settings.threads or available_threads()
+    num_lanes = 1 if is_chat or sys.platform != "linux" else min(threads, MAX_LANES)
     max_rows = settings.max_batch or MAX_BATCH[bundle.manifest.task]
     plan = divide(
         kv_budget(settings.kv_cache_bytes, available_memory()),
-        num_lanes=1 if is_chat else min(threads, MAX_LANES),
+        num_lanes=num_lanes,
         bytes_per_token=kv_bytes_per_token(bundle),
         max_tokens=bundle.manifest.limits.max_tokens,
         max_rows=max_rows,
@@ -136,7 +138,9 @@ def _open_generator(bundle: Bundle, settings: Settings, metrics: Metrics) -> Gen
     outputs = Outputs(bundle, tokenizer, vocab_size=vocab_size)
     return Generator(
         bundle,
-        (_chat_lanes if is_chat else _translation_lanes)(bundle, plan, settings, outputs, threads=threads),
+        [_chat_lane(bundle, plan, settings, outputs, threads=threads)]
+        if is_chat
+        else _translation_lanes(bundle, plan, settings, outputs, num_lanes=num_lanes),
         metrics,
         prompts=PromptReader(bundle, tokenizer, vocab_size=vocab_size),
         max_rows=plan.max_rows,
@@ -153,8 +157,8 @@ def _attending(bundle: Bundle, tokenizer: PromptTokenizer, settings: Settings) -
     return Attending(bundle, tokenizer, max_bytes=settings.max_attention_bytes)
 
 
-def _chat_lanes(bundle: Bundle, plan: KvPlan, settings: Settings, outputs: Outputs, *, threads: int) -> Sequence[Lane]:
-    """One, whose steps compute on all `threads`."""
+def _chat_lane(bundle: Bundle, plan: KvPlan, settings: Settings, outputs: Outputs, *, threads: int) -> Lane:
+    """Its steps compute on all `threads`."""
     engine = DecoderEngine(
         bundle,
         num_slots=plan.num_slots,
@@ -165,18 +169,14 @@ def _chat_lanes(bundle: Bundle, plan: KvPlan, settings: Settings, outputs: Outpu
         spin=True,  # a chat's step has some 300 nodes, most of them short: two thirds of the time with one row
     )
     engine.warm_up()
-    return [_thread_lane(bundle, engine, plan, outputs)]
+    return _thread_lane(bundle, engine, plan, outputs)
 
 
 def _translation_lanes(
-    bundle: Bundle, plan: KvPlan, settings: Settings, outputs: Outputs, *, threads: int
+    bundle: Bundle, plan: KvPlan, settings: Settings, outputs: Outputs, *, num_lanes: int
 ) -> Sequence[Lane]:
-    """One for each of `threads`.
-
-    Each is a process of its own, where there are several and the system lets a process that has loaded libraries fork.
-    """
-    num_lanes = min(threads, MAX_LANES)
-    if num_lanes > 1 and sys.platform == "linux":
+    """Each is a process of its own, where there are several."""
+    if num_lanes > 1:
         load = Load(
             str(bundle.directory),
             plan.max_rows,

@@ -85,7 +85,7 @@ class BeamSearch:
         self._max_tokens = max_tokens
         self._length_penalty = length_penalty
         self._describe = describe
-        self.num_likely = num_beams + len(self._end_ids)
+        self.num_likely = num_beams + len(self._end_ids)  # of a row: all that live on may come from it
         self._rows: list[Beam | None] = placed([Beam()], num_beams)  # at first all beams are the same one
         self._finished: list[Beam] = []
         self._num_tokens = 0  # of each beam
@@ -121,28 +121,22 @@ class BeamSearch:
         self._rows = placed(beams, self._num_beams)
 
     def _candidates(self, likely: Sequence[Likely]) -> list[Candidate]:
-        """The best first: as many that do not end as there are beams, and those between them. None is impossible.
+        """The best first, among them the best that do not end, as many as there are beams. None is impossible.
 
         Of equal ones that of the first row comes first, and of its lowest token. Nothing here is an array: there are
         so few that each operation on one would cost more than all of them.
         """
         found: list[Candidate] = []
-        num_ends = 0
         for at, (beam, (ids, log_p)) in enumerate(zip(self._rows, likely, strict=True)):
             if beam is None:
                 continue
             if not math.isfinite(log_p[0]):
                 raise EngineFailed(NOT_FINITE)
-            num_ends += len(self._end_ids)  # each of them may end in each way
             total = beam.total
-            found += [(total + one, at, token) for token, one in zip(ids, log_p, strict=True)]
+            found += [(total + one, at, token) for token, one in zip(ids[: self.num_likely], log_p, strict=False)]
         found.sort(key=itemgetter(0), reverse=True)  # stable
         may_end = self._num_tokens > self._min_tokens
-        return [
-            one
-            for one in found[: self._num_beams + num_ends]
-            if one[0] > -math.inf and (may_end or one[2] not in self._end_ids)
-        ]
+        return [one for one in found if one[0] > -math.inf and (may_end or one[2] not in self._end_ids)]
 
     def _continued(self, candidate: Candidate, rows: Sequence[Rated]) -> Beam:
         total, row, token = candidate

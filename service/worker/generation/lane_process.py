@@ -193,18 +193,25 @@ def fork(lane: ThreadLane, channels: Several[Channel]) -> None:
 
 
 def status_of(work: Callable[[], None]) -> int:
+    """What a process that does this ends with."""
     try:
         work()
     except EOFError:
         pass  # the server ends, or has ended
+    except LaneDied:
+        return 1  # and has said why
     except Exception as error:
-        _log.critical("a lane died", exc_info=error)
+        _log.critical("process %d died", os.getpid(), exc_info=error)
         return 1
     return 0
 
 
+class LaneDied(Exception):
+    """A lane ended other than by its server."""
+
+
 def load_and_fork(channels: Several[Channel]) -> None:
-    """Raises EOFError when the server ends before it has said what to load."""
+    """Raises EOFError when the server ends before it has said what to load, LaneDied at the end of all if one did."""
     load = channels[0].first()
     configure_logging(load.log_level)
     try:
@@ -214,9 +221,15 @@ def load_and_fork(channels: Several[Channel]) -> None:
             channel.say(Refused(type(error).__name__, error.message, error.param))
         return
     fork(lane, channels)
+    have_died = False
     with suppress(ChildProcessError):  # there are no more
         while True:
-            os.wait()
+            pid, status = os.wait()
+            if status:
+                have_died = True
+                _log.critical("process %d of a lane ended with status %d", pid, os.waitstatus_to_exitcode(status))
+    if have_died:
+        raise LaneDied
 
 
 def main() -> None:

@@ -18,62 +18,83 @@ from service.worker.generation.lane_messages import Frames, Load, Ready, Refused
 
 LOAD_S = 300.0  # that loading the model may take
 LAST_STEP_S = 30.0  # to end, before all are killed
+FAILING_S = 1.0  # the same where the start has failed, so that no step is under way
+# A process that forks has one thread, or a lock that another one holds stays locked for ever in what it forks.
+_ONE_THREAD = {"ORT_DISABLE_TELEMETRY": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class LaneProcesses:
-    """Thread-safe; all methods block."""
+    """Thread-safe; both methods block."""
 
     def __init__(self, load: Load, num_lanes: int) -> None:
         self.max_rows = load.max_rows
         self._load = load
         self._num_lanes = num_lanes
         self._lock = threading.Lock()
+        self._loader: subprocess.Popen[bytes] | None = None
         self._channels: list[socket.socket] = []
 
     def open(self, lane: int) -> tuple[socket.socket, int]:
-        """The channel of a lane that is ready, and its process. Raises BundleError, ConfigError and EngineFailed."""
+        """The channel of a lane that is ready, and its process.
+
+        Raises BundleError and ConfigError, EngineFailed if they end first, OSError if none can be started.
+        """
         with self._lock:
-            if not self._channels:
+            if self._loader is None:
                 self._start()
         channel = self._channels[lane]
         try:
             return channel, self._ready(channel)
         except BaseException:
             channel.close()
-            self.end()
+            self.end(FAILING_S)
             raise
 
-    def end(self) -> None:
-        """Wait until all have ended: once their channels are closed they do after the step under way."""
-        try:
-            self._loader.wait(LAST_STEP_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._loader.pid, signal.SIGKILL)
-            self._loader.wait()
+    def end(self, patience_s: float | None = None) -> int:
+        """Wait until all have ended: once their channels are closed they do, after the step under way.
+
+        Those that have not after `patience_s` (LAST_STEP_S) seconds are killed, or that are left of a loader that
+        failed. The loader's status.
+        """
+        with self._lock:
+            loader = self._loader
+            if loader is None or loader.returncode is not None:
+                return 0 if loader is None else loader.returncode
+            with suppress(subprocess.TimeoutExpired):
+                loader.wait(LAST_STEP_S if patience_s is None else patience_s)
+            if loader.returncode != 0:
+                with suppress(ProcessLookupError):
+                    os.killpg(loader.pid, signal.SIGKILL)
+            return loader.wait()
 
     def _start(self) -> None:
         """They find modules where this process does, and are in a group of their own, which Ctrl-C does not reach."""
         pairs = [socket.socketpair() for _ in range(self._num_lanes)]
         theirs = [end.fileno() for _, end in pairs]
-        self._channels = [end for end, _ in pairs]
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         try:
             self._loader = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", "-m", "service.worker.generation.lane_process", *map(str, theirs)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=theirs,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": paths},
                 process_group=0,
             )
+        except BaseException:
+            for end, _ in pairs:
+                end.close()
+            raise
         finally:
             for _, end in pairs:
                 end.close()
+        self._channels = [end for end, _ in pairs]
         with suppress(ConnectionError):
             self._channels[0].sendall(framed(self._load))
 
     def _ready(self, channel: socket.socket) -> int:
         channel.settimeout(LOAD_S)
         frames = Frames()
-        with suppress(ConnectionError):
+        try:
             while data := channel.recv(4096):
                 for body in frames.feed(data):
                     match decode_to_server(body):
@@ -83,6 +104,9 @@ class LaneProcesses:
                             raise ConfigError(message, param=param)
                         case Refused(message=message):
                             raise BundleError(message)
-        self.end()
-        status = self._loader.returncode
-        raise EngineFailed(f"a process that writes for a model ended before it was ready (status {status})")
+        except TimeoutError:
+            raise EngineFailed(f"a process that writes for a model was not ready after {LOAD_S:g} s") from None
+        except ConnectionError:
+            pass  # it ended
+        status = self.end(FAILING_S)
+        raise EngineFailed(f"a process that writes for a model ended before it was ready (its loader: status {status})")

@@ -73,6 +73,7 @@ class GenerationLoop:
         self,
         engine: Engine,
         scheduler: Scheduler,
+        likeliest: Likeliest,
         *,
         tell: Callable[[Done], None],
         publish: Callable[[Done], None],
@@ -81,9 +82,9 @@ class GenerationLoop:
     ) -> None:
         self._engine = engine
         self._scheduler = scheduler
+        self._likeliest = likeliest
         self._tell = tell
         self._publish = publish
-        self._likeliest = Likeliest()
         self._threads = EngineThreads(
             self._next_step, lambda step: publish(self._execute(step)), died=died, num_threads=1, name=name
         )
@@ -186,10 +187,10 @@ class GenerationLoop:
             for fork in chunk.forks:
                 self._engine.move(sequence.slot, fork.slot, 0, chunk.end)
             rows = (sequence, *chunk.forks)
-            last = self._rated(rows, [logits[-1]] * len(rows))
+            (last,) = self._rated((sequence,), [logits[-1]])
             for complete in rows:
                 if not complete.is_follower:
-                    self._write(complete, last[: len(complete.rows)], time.monotonic(), done)
+                    self._write(complete, [last] * len(complete.rows), time.monotonic(), done)
 
     def _echo(self, chunk: Chunk, logits: Logits, done: Done) -> None:
         sequence = chunk.sequence
@@ -216,14 +217,16 @@ class GenerationLoop:
         count = max(wanted)
         if not count:
             return logits
-        if isinstance(logits, np.ndarray) and all(wanted):
-            return list(map(Rated, logits, self._likeliest.of(logits, count)))
         given: list[Given] = list(logits)
         beams = {at: one for at, one in enumerate(logits) if wanted[at] and one is not None}
-        if beams:
-            found = self._likeliest.of(np.array(list(beams.values())), count)
-            for at, likely in zip(beams, found, strict=True):
-                given[at] = Rated(beams[at], likely)
+        is_all = isinstance(logits, np.ndarray) and len(beams) == len(rows)
+        try:
+            found = self._likeliest.of(np.asarray(logits if is_all else list(beams.values())), count) if beams else []
+        except Exception as error:
+            _log.error("the likeliest tokens of %d rows could not be found", len(beams), exc_info=error)
+            return [None if at in beams else one for at, one in enumerate(given)]
+        for (at, one), likely in zip(beams.items(), found, strict=True):
+            given[at] = Rated(one, likely)
         return given
 
     def _alone(self, row: Sequence, length: int) -> Logits | None:

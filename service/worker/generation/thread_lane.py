@@ -5,6 +5,7 @@ from collections.abc import Sequence as Several
 
 from service.domain import GenerateRequest
 from service.worker.generation.lanes import Died, Tell
+from service.worker.generation.likeliest import Likeliest
 from service.worker.generation.loop import Done, Engine, GenerationLoop
 from service.worker.generation.outputs import OutputPlan, Outputs
 from service.worker.generation.report import Reports
@@ -21,6 +22,7 @@ class ThreadLane:
     def __init__(self, engine: Engine, outputs: Outputs, *, max_rows: int, num_blocks: int, name: str) -> None:
         self._engine = engine
         self._outputs = outputs
+        self._likeliest = Likeliest()
         self._scheduler = Scheduler(max_rows=max_rows, num_blocks=num_blocks)
         self._reports = Reports(has_prefixes=num_blocks > 0)
         self._name = name
@@ -45,7 +47,13 @@ class ThreadLane:
                 tell(report)
 
         self._loop = GenerationLoop(
-            self._engine, self._scheduler, tell=tell_now, publish=publish, died=died, name=self._name
+            self._engine,
+            self._scheduler,
+            self._likeliest,
+            tell=tell_now,
+            publish=publish,
+            died=died,
+            name=self._name,
         )
 
     def add(self, job: Job, request: GenerateRequest, plans: Several[OutputPlan]) -> None:
