@@ -101,7 +101,8 @@ def sample(rate: float, *, p50: float = 0.01, p99: float = 0.02, mean: float = 0
 
 
 def measured() -> Rounds:
-    rounds = Rounds(ceiling=[1000.0, 1000.0], single=[0.002, 0.002])
+    rounds = Rounds()
+    beside = {f"attnd {wire} c32": [900.0, 1100.0] for wire in ("rest", "grpc", "stream")} | {"attnd rest c1": [0.002]}
     rates = {
         "attnd rest c1": 300.0,
         "attnd rest c32": 900.0,
@@ -114,7 +115,7 @@ def measured() -> Rounds:
     }
     for _ in range(2):
         for point, rate in rates.items():
-            rounds.add(point, sample(rate, p50=0.01, p99=0.025, mean=0.0025))
+            rounds.add(point, sample(rate, p50=0.01, p99=0.025, mean=0.0025), beside.get(point, ()))
     return rounds
 
 
@@ -147,6 +148,7 @@ def test_report_shows_every_point_and_verdict() -> None:
     rounds.add("attnd rest c8", sample(500.0, gone=3))
     shown = table(rounds)
     assert all(point in shown for point in rounds.samples)
+    assert (shown.count("bare loop"), shown.count("bare session run")) == (3, 1)
     assert "900 (900-900)" in " ".join(shown.split())
     lines = verdict_lines(verdicts(rounds)).splitlines()
     assert [line.endswith("NOT MET") for line in lines] == [False, True, False, False, False, False, False]
@@ -161,7 +163,7 @@ def test_results_are_json_with_every_round() -> None:
     assert (last_line["errors"], last_line["faults"]) == (3, {"attnd rest c8": {"gone": 3}})
     assert last_line["points"]["attnd rest c32"]["rate"] == 900.0
     everything = json.loads(json.dumps(full(rounds, {})))
-    assert everything["rounds"]["ceiling"] == [1000.0, 1000.0]
+    assert everything["rounds"]["beside"]["attnd rest c32"] == [1000.0, 1000.0]
     assert sample_from(everything["rounds"]["samples"]["attnd rest c8"][0]) == sample(500.0, gone=3)
 
 

@@ -2,7 +2,8 @@
 
 The order of a run: texts and right labels, the peers' environments, their tuning, the bare loop's best shape; then
 rounds in which every contender is measured once, forwards and backwards by turns, so that whatever the machine does
-meanwhile hits all alike. Ratios are taken round by round. All on the same cores, the load generator included.
+meanwhile hits all alike. The bare loop runs right before and right after each point that is compared with it, for the
+machine's speed drifts. Ratios are taken round by round. All on the same cores, the load generator included.
 """
 
 import argparse
@@ -10,9 +11,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +71,44 @@ def best_shape(bundle: Path, sentences: tuple[str, ...], cores: int) -> Shape:
     return max(rates, key=lambda shape: rates[shape])
 
 
-def measure_contender(bench: Bench, process: Running, bodies: Path, rounds: Rounds, turn: int) -> None:
-    """Every point of one server, between two checks of its replies."""
+Bares = Mapping[str, Callable[[], float]]  # by the name of the point that it is measured beside
+
+
+def bares_of(plan: Plan) -> Bares:
+    """What each point of attnd's is compared with that needs no server: see Rounds.beside."""
+    alone = replace(plan, seconds=plan.seconds / 2, shape=Shape(batch_tokens=1, lanes=1, threads=1, spin=False))
+    loop = partial(bare, "rate", plan)
+    loaded: dict[str, Callable[[], float]] = {f"attnd {wire} c32": loop for wire in ("rest", "grpc", "stream")}
+    return loaded | {"attnd rest c1": lambda: bare("single", alone)["run_mean"]}
+
+
+def measure_contender(bench: Bench, process: Running, bodies: Path, rounds: Rounds, turn: int, bares: Bares) -> None:
+    """Every point of one server, between two checks of its replies. It is suspended while `bares` run."""
     with awake(process):
         rounds.wrong_replies += wrong_replies(bench, process, 2 * turn)
         capacity: dict[str, float] = {}
         for point in points_of(process.server, bench.concurrencies):
+            run_bare = bares.get(point.name)
+            beside = [] if run_bare is None else [suspended(process, run_bare)]
             sample = measure(bench, point, process.server, bodies, capacity.get(point.wire, 0.0), turn)
+            beside += [] if run_bare is None else [suspended(process, run_bare)]
             capacity[point.wire] = max(capacity.get(point.wire, 0.0), sample.rate)
-            rounds.add(point.name, sample)
+            rounds.add(point.name, sample, beside)
             say(f"  {point.name:24} {sample.rate:7.0f}/s{outcry(sample)}")
         rounds.wrong_replies += wrong_replies(bench, process, 2 * turn + 1)
 
 
+def suspended(process: Running, work: Callable[[], float]) -> float:
+    process.suspend()
+    try:
+        return work()
+    finally:
+        process.resume()
+
+
 def run_rounds(bench: Bench, servers: Sequence[Server], plan: Plan, num_rounds: int) -> Rounds:
     """All servers up, one awake at a time."""
-    rounds = Rounds()
-    alone = Plan(plan.bundle, plan.sentences, plan.seconds / 2, Shape(batch_tokens=1, lanes=1, threads=1, spin=False))
+    rounds, bares = Rounds(), bares_of(plan)
     with ExitStack() as stack:
         processes: list[tuple[Running, Path]] = []
         for server in servers:
@@ -94,11 +117,8 @@ def run_rounds(bench: Bench, servers: Sequence[Server], plan: Plan, num_rounds: 
             processes.append((process, bodies_file(bench, server, json.dumps)))
         for turn in range(num_rounds):
             say(f"round {turn + 1} of {num_rounds}")
-            rounds.ceiling.append(bare("rate", plan))
-            rounds.single.append(bare("single", alone)["run_mean"])
-            say(f"  {'bare loop':24} {rounds.ceiling[-1]:7.0f}/s")
             for process, bodies in processes if turn % 2 == 0 else reversed(processes):
-                measure_contender(bench, process, bodies, rounds, turn)
+                measure_contender(bench, process, bodies, rounds, turn, bares)
     return rounds
 
 

@@ -1,8 +1,8 @@
 """Turns a run's samples into the table, the verdicts and the JSON. Measures nothing."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, median
 from typing import Any
 
 from .faults import by_point
@@ -23,16 +23,18 @@ TARGETS = (
 class Rounds:
     """What a run has measured so far, a value a round: grows while the run goes on.
 
-    `ceiling` is the bare loop's sentences a second, `single` the seconds of one bare session run (mean).
+    `beside` has what was measured without a server right before and right after a point, in the mean: beside
+    concurrency 32 the bare loop's sentences a second, beside concurrency 1 the seconds of one bare session run.
     """
 
-    ceiling: list[float] = field(default_factory=list)
-    single: list[float] = field(default_factory=list)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
+    beside: dict[str, list[float]] = field(default_factory=dict)
     wrong_replies: int = 0
 
-    def add(self, point: str, sample: Sample) -> None:
+    def add(self, point: str, sample: Sample, beside: Sequence[float] = ()) -> None:
         self.samples.setdefault(point, []).append(sample)
+        if beside:
+            self.beside.setdefault(point, []).append(fmean(beside))
 
     def rates(self, point: str) -> list[float]:
         return [sample.rate for sample in self.samples.get(point, [])]
@@ -54,14 +56,13 @@ def verdicts(rounds: Rounds) -> list[Verdict]:
     best_peer = [max(rates) for rates in zip(*batching, strict=True)]
     poisson = [sample.latency for sample in rounds.samples.get("attnd rest poisson", [])]
     alone = [sample.latency.mean for sample in rounds.samples.get("attnd rest c1", [])]
+    loaded = [f"attnd {wire} c32" for wire in ("rest", "grpc", "stream")]
     pairs = (
-        (rest, rounds.ceiling),
-        (rounds.rates("attnd grpc c32"), rounds.ceiling),
-        (rounds.rates("attnd stream c32"), rounds.ceiling),
+        *((rounds.rates(point), rounds.beside.get(point, ())) for point in loaded),
         (rest, rounds.rates("pipeline rest c32")),
         (rest, best_peer),
         ([latency.p99 for latency in poisson], [latency.p50 for latency in poisson]),
-        (alone, rounds.single),
+        (alone, rounds.beside.get("attnd rest c1", ())),
     )
     return [Verdict(target, _ratio(*pair)) for target, pair in zip(TARGETS, pairs, strict=True)]
 
@@ -76,25 +77,31 @@ def table(rounds: Rounds) -> str:
     lines = [
         f"{'point':24} {'req/s':>7} {'(min-max)':>15} {'p50':>8} {'p90':>8} {'p99':>8} {'errors':>6} {'client':>7}"
     ]
-    if rounds.ceiling:
-        spread = f"({min(rounds.ceiling):.0f}-{max(rounds.ceiling):.0f})"
-        lines.append(f"{'bare loop':24} {statistics.median(rounds.ceiling):7.0f} {spread:>15}")
-    if rounds.single:
-        lines.append(f"{'bare session run':24} {'':7} {'':15} {statistics.median(rounds.single) * 1000:8.2f} (mean)")
-    lines += [_row(point, samples) for point, samples in rounds.samples.items()]
+    for point, samples in rounds.samples.items():
+        lines.append(_row(point, samples))
+        if found := rounds.beside.get(point):
+            lines.append(_bare_row(found))
     return "\n".join(lines)
+
+
+def _bare_row(beside: Sequence[float]) -> str:
+    """Rates, or milliseconds where they are seconds."""
+    is_rate = median(beside) >= 1
+    low, middle, high = (value if is_rate else value * 1000 for value in (min(beside), median(beside), max(beside)))
+    if is_rate:
+        return f"{'  bare loop':24} {middle:7.0f} {f'({low:.0f}-{high:.0f})':>15}"
+    return f"{'  bare session run':24} {'':7} {f'({low:.2f}-{high:.2f})':>15} {middle:8.2f} (mean)"
 
 
 def _row(point: str, samples: Sequence[Sample]) -> str:
     rates = [sample.rate for sample in samples]
     spread = f"({min(rates):.0f}-{max(rates):.0f})"
     waits = " ".join(
-        f"{statistics.median(getattr(sample.latency, name) for sample in samples) * 1000:8.2f}"
-        for name in ("p50", "p90", "p99")
+        f"{median(getattr(sample.latency, name) for sample in samples) * 1000:8.2f}" for name in ("p50", "p90", "p99")
     )
     errors = sum(sample.errors for sample in samples)
-    client = statistics.median(sample.client_cpu for sample in samples)
-    return f"{point:24} {statistics.median(rates):7.0f} {spread:>15} {waits} {errors:6} {client:6.1%}"
+    client = median(sample.client_cpu for sample in samples)
+    return f"{point:24} {median(rates):7.0f} {spread:>15} {waits} {errors:6} {client:6.1%}"
 
 
 def verdict_lines(found: Sequence[Verdict]) -> str:
@@ -111,16 +118,16 @@ def summary(rounds: Rounds, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the last line holds: medians, verdicts, errors, and the facts of the run."""
     medians = {
         point: {
-            "rate": round(statistics.median(sample.rate for sample in samples), 1),
-            "p50_ms": round(statistics.median(sample.latency.p50 for sample in samples) * 1000, 3),
-            "p99_ms": round(statistics.median(sample.latency.p99 for sample in samples) * 1000, 3),
+            "rate": round(median(sample.rate for sample in samples), 1),
+            "p50_ms": round(median(sample.latency.p50 for sample in samples) * 1000, 3),
+            "p99_ms": round(median(sample.latency.p99 for sample in samples) * 1000, 3),
         }
         for point, samples in rounds.samples.items()
     }
     return {
         **facts,
-        "ceiling": round(statistics.median(rounds.ceiling), 1) if rounds.ceiling else None,
         "points": medians,
+        "beside": {point: round(median(found), 5) for point, found in rounds.beside.items()},
         "verdicts": [verdict.as_dict() for verdict in verdicts(rounds)],
         "errors": rounds.errors,
         "faults": rounds.faults,
@@ -133,5 +140,5 @@ def full(rounds: Rounds, facts: Mapping[str, Any]) -> dict[str, Any]:
     samples = {point: [sample.as_dict() for sample in found] for point, found in rounds.samples.items()}
     return {
         **summary(rounds, facts),
-        "rounds": {"ceiling": rounds.ceiling, "single": rounds.single, "samples": samples},
+        "rounds": {"beside": rounds.beside, "samples": samples},
     }
