@@ -130,7 +130,11 @@ RULES = [
     rule("service.worker.generation.lane_processes", "service.errors service.worker.generation.lane_messages"),
     rule(
         "service.worker.generation.lane_process",
-        "service.domain service.errors service.logs service.worker.bundle service.worker.generation.*",
+        "service.domain service.worker.generation.*",
+    ),
+    rule(
+        "service.worker.generation.lane_loader",
+        "service.errors service.logs service.worker.bundle service.worker.generation.*",
     ),
     rule("service.worker.machine"),
     rule("service.worker.engine_threads"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from service.domain import Finish, GenerateRequest, Progress, PromptTokens, Token, TokenLogprob
+from service.worker.generation.lane_loader import load_lane
 from service.worker.generation.lane_messages import (
     Add,
     Close,
@@ -28,7 +29,7 @@ from service.worker.generation.lane_messages import (
     decode_to_server,
     framed,
 )
-from service.worker.generation.lane_process import Channel, Desk, load_lane, serve
+from service.worker.generation.lane_process import Channel, Desk, serve
 from service.worker.generation.loop import GenerationLoop
 from service.worker.generation.report import Ended, Report, StepFacts
 from service.worker.generation.sequence import Job

@@ -1,27 +1,16 @@
-"""The processes of a model's lanes: `python -m service.worker.generation.lane_process FD...`, with ends of channels.
+"""A lane in its own process: what it hears from the server, what it does, and what it says.
 
-The first one loads the model, forks a lane for each channel, and waits for them. One thread does all that a lane does,
-since another would have to be woken: between two steps it looks at what the server says, and waits for that where there
-is nothing to do. It ends when the server closes its end, or has gone; signals that are meant for the server are none of
-its concern.
+One thread does it all, since another would have to be woken: between two steps it looks at what the server says, and
+waits for that where there is nothing to do. It ends when the server closes its end, or has gone.
 """
 
-import gc
 import logging
 import os
-import signal
 import socket
-import sys
-from collections.abc import Callable
-from collections.abc import Sequence as Several
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
+from typing import NoReturn
 
 from service.domain import Finish, Progress, PromptTokens, Token
-from service.errors import BundleError, ConfigError
-from service.logs import configure_logging
-from service.worker.bundle import load_bundle
 from service.worker.generation.lane_messages import (
     Add,
     Close,
@@ -32,20 +21,16 @@ from service.worker.generation.lane_messages import (
     OfPrompt,
     OfToken,
     Ready,
-    Refused,
     Told,
     ToProcess,
     ToServer,
     decode_to_process,
     framed,
 )
-from service.worker.generation.outputs import OutputPlan, Outputs
-from service.worker.generation.prompt_tokenizer import PromptTokenizer
+from service.worker.generation.outputs import OutputPlan
 from service.worker.generation.report import Report
-from service.worker.generation.scheduler import slots_for
 from service.worker.generation.sequence import Job, Prompt
 from service.worker.generation.thread_lane import ThreadLane
-from service.worker.generation.translator import TranslatorEngine
 
 _log = logging.getLogger("attnd.engine")
 
@@ -156,18 +141,7 @@ def _marks(number: int, progress: Progress) -> Marks:
     return Marks(number, progress.started, progress.first_token, gaps)
 
 
-def load_lane(load: Load) -> ThreadLane:
-    """Raises BundleError and ConfigError if the model cannot be loaded."""
-    bundle = load_bundle(Path(load.directory))
-    engine = TranslatorEngine(
-        bundle, num_slots=slots_for(load.max_rows), threads=1, provider=load.provider, fallback=load.fallback
-    )
-    engine.warm_up()
-    outputs = Outputs(bundle, PromptTokenizer(bundle.tokenizer_path), vocab_size=engine.vocab_size)
-    return ThreadLane(engine, outputs, max_rows=load.max_rows, num_blocks=0, name=bundle.manifest.id)
-
-
-def serve(lane: ThreadLane, channel: Channel) -> None:
+def serve(lane: ThreadLane, channel: Channel) -> NoReturn:
     """Raises EOFError when the server closes its end."""
     desk = Desk(lane, channel)
     lane.open(desk.tell, print)
@@ -177,67 +151,3 @@ def serve(lane: ThreadLane, channel: Channel) -> None:
         for message in channel.hear(wait=not is_busy):
             desk.take(message)
         is_busy = lane.step()
-
-
-def fork(lane: ThreadLane, channels: Several[Channel]) -> None:
-    """A process for each channel, which holds that one only: who waits at its other end learns of its death at once."""
-    gc.collect()
-    gc.freeze()  # what is there now stays, and looking at it would copy its memory
-    for channel in channels:
-        if not os.fork():
-            for other in channels:
-                if other is not channel:
-                    other.close()
-            os._exit(status_of(partial(serve, lane, channel)))
-        channel.close()
-
-
-def status_of(work: Callable[[], None]) -> int:
-    """What a process that does this ends with."""
-    try:
-        work()
-    except EOFError:
-        pass  # the server ends, or has ended
-    except LaneDied:
-        return 1  # and has said why
-    except Exception as error:
-        _log.critical("process %d died", os.getpid(), exc_info=error)
-        return 1
-    return 0
-
-
-class LaneDied(Exception):
-    """A lane ended other than by its server."""
-
-
-def load_and_fork(channels: Several[Channel]) -> None:
-    """Raises EOFError when the server ends before it has said what to load, LaneDied at the end of all if one did."""
-    load = channels[0].first()
-    configure_logging(load.log_level)
-    try:
-        lane = load_lane(load)
-    except (BundleError, ConfigError) as error:
-        for channel in channels:
-            channel.say(Refused(type(error).__name__, error.message, error.param))
-        return
-    fork(lane, channels)
-    have_died = False
-    with suppress(ChildProcessError):  # there are no more
-        while True:
-            pid, status = os.wait()
-            if status:
-                have_died = True
-                _log.critical("process %d of a lane ended with status %d", pid, os.waitstatus_to_exitcode(status))
-    if have_died:
-        raise LaneDied
-
-
-def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    channels = [Channel(socket.socket(fileno=int(end))) for end in sys.argv[1:]]
-    sys.exit(status_of(partial(load_and_fork, channels)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """The processes of a model's lanes, as their server starts and ends them.
 
-One loads the model and forks the others, a lane for each channel, so that all read the same weights in the same memory:
-what one lane's step has brought into the processor's cache is there for the next step of any. They end with their
-server: their channels are closed then, however that came.
+One loads the model and forks the others (lane_loader), a lane for each channel, so that all read the same weights in
+the same memory: what one lane's step has brought into the processor's cache is there for the next step of any. They
+end with their server: their channels are closed then, however that came.
 """
 
 import os
@@ -74,7 +74,7 @@ class LaneProcesses:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         try:
             self._loader = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", "-m", "service.worker.generation.lane_process", *map(str, theirs)],
+                [sys.executable, "-P", "-m", "service.worker.generation.lane_loader", *map(str, theirs)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=theirs,
                 env={**os.environ, **_ONE_THREAD, "PYTHONPATH": paths},
