@@ -65,9 +65,9 @@ class OneLane:
 
 
 class Machine:
-    def __init__(self, num_lanes: int = 2, *, max_waiting: int = 100) -> None:
+    def __init__(self, num_lanes: int = 2, *, max_rows: int = 2, max_waiting: int = 100) -> None:
         self.list = [OneLane() for _ in range(num_lanes)]
-        self.lanes = Lanes(self.list, max_waiting=max_waiting)  # type: ignore[arg-type]
+        self.lanes = Lanes(self.list, max_rows=max_rows, max_waiting=max_waiting)  # type: ignore[arg-type]
 
     def add(self, num_prompts: int, *, num_beams: int = 1) -> Job:
         """One request, of outputs or of searches."""
@@ -117,6 +117,16 @@ def test_the_beams_of_a_search_stay_together_and_count_as_rows() -> None:
     assert machine.held == [(3, 0), (2, 0)]
     machine.add(2, num_beams=2)
     assert machine.held == [(5, 0), (4, 0)]
+
+
+def test_the_outputs_of_a_prompt_stay_together_as_far_as_a_lane_has_rows() -> None:
+    machine = Machine(max_rows=3)
+    prompts = [Prompt(0, [5, 6], is_whole=True), Prompt(1, [5, 6], is_whole=True)]
+    job = Job(9, Progress())
+    machine.lanes.admit(job)
+    request = GenerateRequest(prompt=[[5, 6]] * 2, n=4)
+    machine.lanes.add(job, request, [OutputPlan(prompts[at // 4], at, 0, 9) for at in range(8)])
+    assert [[one.index for one in lane.sequences] for lane in machine.list] == [[0, 1, 2, 7], [3, 4, 5, 6]]
 
 
 def test_the_queue_before_all_lanes_is_one() -> None:

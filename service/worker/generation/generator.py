@@ -76,7 +76,7 @@ class Generator:
         self._output_seconds = 0.0  # from slot to end lately, for Retry-After
         self._open: dict[Job, Reader] = {}
         self._failure: BaseException | None = None
-        self._lanes = Lanes(lanes, max_waiting=max_waiting)
+        self._lanes = Lanes(lanes, max_rows=max_rows, max_waiting=max_waiting)
 
     async def start(self) -> None:
         self._asyncio = asyncio.get_running_loop()

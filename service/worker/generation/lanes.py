@@ -1,13 +1,16 @@
 """The lanes of one generation model, each an engine loop with rows of its own, and the queue before all of them.
 
-Everything here runs on the asyncio thread. An output goes to the lane with the fewest rows and stays there, so that one
-request at a time always finds the same lane, and the sentences of a long text find all. The beams of a search are one
-sequence and stay together. Knows neither what a lane does nor where: in a thread of this process, or in another one.
+Everything here runs on the asyncio thread. The outputs of a prompt go to the lane with the fewest rows and stay there,
+so that it is read once, that one request at a time always finds the same lane, and that the sentences of a long text
+find all. More outputs than a lane has rows are shared out. The beams of a search are one sequence. Knows neither what a
+lane does nor where: in a thread of this process, or in another one.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
+from itertools import groupby
+from operator import attrgetter
 from typing import Protocol
 
 from service.domain import GenerateRequest
@@ -54,10 +57,13 @@ class Lane(Protocol):
 
 
 class Lanes:
-    """`max_waiting` bounds the outputs and beams, of all lanes together, that were admitted and have no slot yet."""
+    """Each lane has `max_rows`. `max_waiting` bounds the outputs and beams, of all lanes together, that were admitted
+    and have no slot yet.
+    """
 
-    def __init__(self, lanes: Several[Lane], *, max_waiting: int) -> None:
+    def __init__(self, lanes: Several[Lane], *, max_rows: int, max_waiting: int) -> None:
         self._lanes = lanes
+        self._max_rows = max_rows
         self._max_waiting = max_waiting
         self._coming: set[Job] = set()  # admitted, but their prompts are still being read
 
@@ -89,13 +95,20 @@ class Lanes:
         self._coming.discard(job)
         num_rows = [lane.num_waiting + lane.num_running for lane in self._lanes]
         shares: list[list[OutputPlan]] = [[] for _ in self._lanes]
-        for plan in plans:
+        for together in self._of_one_prompt(plans):
             at = num_rows.index(min(num_rows))
-            num_rows[at] += request.num_beams
-            shares[at].append(plan)
+            num_rows[at] += len(together) * request.num_beams
+            shares[at] += together
         for lane, share in zip(self._lanes, shares, strict=True):
             if share:
                 lane.add(job, request, share)
+
+    def _of_one_prompt(self, plans: Several[OutputPlan]) -> Iterator[list[OutputPlan]]:
+        """Those that share a prompt, and find room in a lane."""
+        for _, sharing in groupby(plans, key=attrgetter("prompt")):
+            shared = list(sharing)
+            for first in range(0, len(shared), self._max_rows):
+                yield shared[first : first + self._max_rows]
 
     def close(self, job: Job) -> None:
         """Nobody waits for `job` any more: its places are free now, its slots before each lane's next step."""

@@ -39,15 +39,18 @@ def num_places(request: GenerateRequest) -> int:
 def plans(request: GenerateRequest, prompts: Several[Prompt], reader: PromptReader) -> list[OutputPlan]:
     """One for each output, or one for each prompt's search. Raises TooLarge for a prompt that leaves no room.
 
-    With a seed, an output depends on its prompt and its place among those of the prompt.
+    With a seed, an output depends on its prompt and its place among those of the prompt; without one, each on its own.
     """
-    seed = random.getrandbits(63) if request.seed is None else request.seed
     num_plans = 1 if request.num_beams > 1 else request.n
     return [
-        OutputPlan(prompt, prompt.index * request.n + place, seed + place, room)
+        OutputPlan(prompt, prompt.index * request.n + place, _seed(request, place), room)
         for prompt, room in [(prompt, reader.room(request, prompt)) for prompt in prompts]
         for place in range(num_plans)
     ]
+
+
+def _seed(request: GenerateRequest, place: int) -> int:
+    return random.getrandbits(63) if request.seed is None else request.seed + place
 
 
 class Outputs:
