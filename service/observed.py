@@ -126,6 +126,7 @@ class Observed:
         self._log(call, result.model, "ok", result.timing, fields)
 
     async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+        call.progress.is_told_late = request.num_beams > 1  # all at the end
         tally = Tally(call, self._metrics, self._clock)
         in_flight = self._metrics.in_flight_of(call.route)
         in_flight.inc()

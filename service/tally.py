@@ -48,6 +48,8 @@ class Tally:
             self._take_end(event)
 
     def _take_token(self, index: int) -> None:
+        if self._call.progress.is_told_late:  # this is not when it was written
+            return
         now = self._clock()
         before = self._last.get(index)
         if before is not None:
@@ -80,7 +82,7 @@ class Tally:
         self._metrics.cached_tokens.labels(self._call.route, self.model).observe(usage.cached_tokens)
 
     def take_untold(self) -> None:
-        """Counts the tokens that no event told of, as far as they came; to be called once, at the end."""
+        """Counts the tokens that events told of late or not at all, as far as they came; once, at the end."""
         gaps = tuple(self._call.progress.untold_gaps)  # an engine may still be adding to them
         if not gaps:
             return

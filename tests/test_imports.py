@@ -162,8 +162,10 @@ RULES = [
     rule("service.worker.generation.sentences"),
     rule(
         "service.worker.generation.translation",
-        "service.domain service.errors service.worker.generation.prompts service.worker.generation.sentences",
+        "service.domain service.errors service.worker.generation.prompts service.worker.generation.rejoined "
+        "service.worker.generation.sentences",
     ),
+    rule("service.worker.generation.rejoined", "service.domain service.worker.generation.detokenizer"),
     rule("service.worker.generation.detokenizer", "service.errors"),
     rule("service.worker.generation.chat_template", "service.domain service.errors", "jinja2"),
     rule(

@@ -36,7 +36,7 @@ from service.worker.generation.sequence import Job
 
 LOGPROB = TokenLogprob(5, "a", b"\xff", float("-inf"), (TokenLogprob(6, "b", b"b", -0.5),))
 REQUEST = GenerateRequest(prompt=["a source"], logit_bias={5: 1.5}, stop=["x"], seed=2**63 - 1, n=2, logprobs=1)
-ADD = Add(7, 2, True, REQUEST, [(0, [3, 4])], [(0, 0, 2**63 + 1, 9), (0, 1, -4, 9)])
+ADD = Add(7, 2, True, False, REQUEST, [(0, [3, 4])], [(0, 0, 2**63 + 1, 9), (0, 1, -4, 9)])
 TOLD = Told(
     [
         OfToken(7, Token(0, 5, "ä", LOGPROB)),
@@ -47,7 +47,7 @@ TOLD = Told(
     [(7, 1)],
     [StepFacts(2, 0, 0.0, 0.125)],
     [0.5],
-    [Marks(7, 1.0, None, [None, 0.5])],
+    [Marks(7, 1.0, 1.5, None, [None, 0.5])],
     17,
 )
 SAID: list[ToServer] = [Ready(12), Refused("ConfigError", "no such provider", "provider"), TOLD]
@@ -102,7 +102,11 @@ def test_a_job_is_told_of_until_its_last_output_has_ended() -> None:
         event = Finish(index, "stop")
         desk.tell(Report(events=[(job, event)], ended=[(job, Ended(index, 1, 0, 1.0, 1.0))], marked={job}))
     assert [one.events for one in channel.told] == [[OfFinish(7, Finish(at, "stop"))] for at in range(2)] + [[]]
-    assert [one.marks for one in channel.told] == [[Marks(7, None, None, [None, 0.5])], [Marks(7, None, None, [])], []]
+    assert [one.marks for one in channel.told] == [
+        [Marks(7, None, None, None, [None, 0.5])],
+        [Marks(7, None, None, None, [])],
+        [],
+    ]
     assert [one.num_kept_tokens for one in channel.told] == [17] * 3
     desk.take(Close(7, 1.0))
     assert lane.closed == []

@@ -136,7 +136,8 @@ def test_where_no_token_is_wanted_the_end_tells_the_same_text(fields: dict[str, 
     assert isinstance(end, Finish)
     ids = tuple(event.id for event in events if isinstance(event, Token))
     assert finish == Finish(3, end.finish_reason, "".join(texts(events)), end.stop, ids)
-    assert whole.num_untold == len(events) - 1
+    assert not whole.is_told
+    assert whole.num_shown == told.num_shown == len(events) - 1
     assert (whole.num_tokens, whole.is_finished) == (told.num_tokens, True)
 
 
@@ -144,7 +145,7 @@ def test_where_no_token_is_wanted_the_end_tells_the_same_text(fields: dict[str, 
 def test_tokens_whose_text_or_log_probability_is_asked_for_are_told_all_the_same(fields: dict[str, Any]) -> None:
     told, whole = make_output(**fields), make_output(**fields, wants_tokens=False)
     assert write(whole, 1, 2, 3) == write(told, 1, 2, 3)
-    assert whole.num_untold == 0
+    assert whole.is_told
 
 
 def test_an_echo_is_read_in_pieces() -> None:

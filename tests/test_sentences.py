@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from service.worker.generation.sentences import sentence_spans
+from service.worker.generation.sentences import as_read, sentence_spans
 
 
 def sentences(text: str) -> list[str]:
@@ -62,25 +62,35 @@ def test_full_stops_of_other_scripts_need_no_white_space(mark: str) -> None:
     assert sentences(f"abc{mark}def{mark}\u201d ghi") == [f"abc{mark}", f"def{mark}\u201d", "ghi"]
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\n\t \u3000\x85\x1c"])
-def test_white_space_holds_no_sentence(text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n\n\t \u3000\x85\x1c", "...", "-", "* * *", "\U0001f642", "1)", "\u200b\x00"]
+)
+def test_what_has_no_letter_holds_no_sentence(text: str) -> None:
     assert sentences(text) == []
+    assert sentences(f"A dog runs.\n{text}\nA cat.") == ["A dog runs.", "A cat."]
 
 
-def test_whatever_the_text_only_white_space_lies_outside() -> None:
+def test_marks_without_width_and_control_characters_are_blank() -> None:
+    assert sentences("\ufeffA dog runs. \u200b\x00A cat.\x7f") == ["A dog runs.", "A cat."]
+    assert as_read("A\tdog\x00 \u2060 runs\xa0far") == "A dog runs far"
+
+
+def test_whatever_the_text_no_letter_lies_outside() -> None:
     draw = random.Random(0)
     for _ in range(2000):
-        text = "".join(draw.choices(' \t\n\r\x1c.!?…"\u201d(。1aA', k=draw.randint(0, 30)))
+        text = "".join(draw.choices(' \t\n\r\x1c\ufeff.!?…"\u201d(。1aA', k=draw.randint(0, 30)))
         end = 0
         for start, stop in sentence_spans(text):
-            assert text[end:start].strip() == ""
-            assert text[start:stop].strip() == text[start:stop] != ""
+            assert not any(map(str.isalpha, text[end:start]))
+            assert any(map(str.isalpha, text[start:stop]))
+            assert text[start:stop].strip(" \t\n\r\x1c\ufeff") == text[start:stop]
             end = stop
-        assert text[end:].strip() == ""
+        assert not any(map(str.isalpha, text[end:]))
 
 
 @pytest.mark.parametrize("piece", [".", "a. ", "!)", '."', " ", "1. ", "a.a", "(.", ".\n"])
 def test_a_long_text_is_split_in_linear_time(piece: str) -> None:
     """Quadratic time would take minutes here."""
-    for _ in sentence_spans(piece * 200_000 + " " * 200_000 + "x"):
-        pass
+    text = piece * 200_000 + " " * 200_000 + "x"
+    for start, end in sentence_spans(text):
+        as_read(text[start:end])

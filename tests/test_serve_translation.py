@@ -55,8 +55,8 @@ class Served:
         assert (done, rest) == (b"data: [DONE]", b"")
         return [json.loads(event.removeprefix(b"data: ")) for event in events]
 
-    def sample(self, name: str) -> float:
-        return self.metrics.registry.get_sample_value(name, {"model": "tiny-translation"}) or 0.0
+    def sample(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, {"model": "tiny-translation"} | labels) or 0.0
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +135,64 @@ async def test_a_stream_says_the_same_in_order(served: Served, fields: dict[str,
     assert len(whole["outputs"]) == 2 * fields.get("n", 1)
 
 
-async def test_tokens_and_the_gaps_between_them_are_measured_whether_they_are_told_or_not(served: Served) -> None:
+@pytest.mark.parametrize("prompt", [SENTENCES[0], TEXT])
+async def test_tokens_and_the_gaps_between_them_are_measured_whether_they_are_told_or_not(
+    served: Served, prompt: str
+) -> None:
     names = ("attnd_generated_tokens_total", "attnd_inter_token_seconds_count")
-    asked = {"prompt": SENTENCES[0], "max_tokens": 9, "ignore_eos": True}
+    asked = {"prompt": prompt, "max_tokens": 9, "ignore_eos": True}
     await served.generate(**asked)
     told_none = [served.sample(name) for name in names]
     await served.events(**asked)
     assert [served.sample(name) for name in names] == [2 * value for value in told_none]
     assert told_none[1] > 0
+
+
+async def test_a_search_is_prefilled_when_its_first_step_is_over_and_has_no_gaps(served: Served) -> None:
+    for fields in ({}, {"logprobs": 1}):
+        timing = (await served.generate(prompt=SENTENCES[0], num_beams=3, **fields))["timing"]
+        assert timing["prefill_seconds"] > 0
+        assert timing["decode_seconds"] > 0
+        assert timing["first_token_seconds"] >= timing["prefill_seconds"] + timing["decode_seconds"]
+    await served.events(prompt=SENTENCES[0], num_beams=3)
+    assert served.sample("attnd_inter_token_seconds_count") == 0
+    assert served.sample("attnd_generated_tokens_total") > 0
+
+
+async def test_what_was_written_before_a_client_left_is_counted_though_it_was_not_told(served: Served) -> None:
+    body = json.dumps({"prompt": f"{SENTENCES[0]} " * 60, "max_tokens": 60, "ignore_eos": True, "stream": True})
+    async with wire.connect(served.port) as connection:
+        await connection.send(wire.request("POST", "/v1/generate", body.encode()))
+        await connection.reader.readuntil(b"data: ")
+        await until(lambda: served.sample("attnd_step_tokens_total", phase="decode") > 600)
+    await until(lambda: served.sample("attnd_generated_tokens_total") > 500)
+
+
+async def test_a_prompt_is_read_once_for_all_its_outputs(served: Served) -> None:
+    read = []
+    for n in (1, 6):
+        before = served.sample("attnd_step_tokens_total", phase="prefill")
+        await served.generate(prompt=SENTENCES[0], n=n)
+        await until(lambda: served.sample("attnd_running_sequences") == 0)
+        read.append(served.sample("attnd_step_tokens_total", phase="prefill") - before)
+    assert read[0] == read[1] > 0
+
+
+async def test_without_a_seed_equal_prompts_and_sentences_are_drawn_for_themselves(served: Served) -> None:
+    asked = {"temperature": 5.0, "max_tokens": 12, "ignore_eos": True}
+    assert len(set(await served.texts(prompt=[SENTENCES[0]] * 3, **asked))) == 3
+    (text,) = await served.texts(prompt="\n".join([SENTENCES[0]] * 3), **asked)
+    assert len(set(text.split("\n"))) == 3
+
+
+async def test_a_stop_between_sentences_is_found_and_ends_the_writing(served: Served) -> None:
+    asked = {"prompt": "\n".join(SENTENCES[:1] * 50), "ignore_eos": True, "max_tokens": 60}
+    (whole,) = await served.texts(**asked)
+    stopped = await served.generate(stop="\n", **asked)
+    assert stopped["outputs"][0]["text"] == whole.split("\n")[0]
+    assert stopped["outputs"][0]["stop"] == "\n"
+    await until(lambda: served.sample("attnd_running_sequences") == 0)
+    assert 60 <= stopped["usage"]["completion_tokens"] < 50 * 60
 
 
 @in_a_thread

@@ -110,7 +110,64 @@ async def test_the_whole_ends_by_length_if_one_sentence_does() -> None:
 @pytest.mark.parametrize("stop", ["x", 7])
 async def test_a_stop_ends_the_whole(stop: str | int) -> None:
     script = Script([Finish(0, "length", "a"), Token(2, 3, "c"), Finish(1, "stop", "b", stop), Finish(2, "stop", "C")])
-    assert (await said(script, prompt="One. Two. Three. "))[1:-1] == [Finish(0, "stop", "a b", stop)]
+    asked: dict[str, Any] = {"stop": stop} if isinstance(stop, str) else {"stop_token_ids": [stop]}
+    events = await said(script, prompt="One. Two. Three. ", **asked)
+    assert events[1:-1] == [Finish(0, "stop", "a b", stop)]
+
+
+SPLIT = [Token(0, 1, "a"), Token(0, 2, "."), Finish(0, "stop"), Token(1, 3, "B"), Token(1, 4, "c"), Finish(1, "stop")]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [(". ", "a"), (". B", "a"), (" B", "a."), (["Bc", ".  "], "a. "), (" ", "a."), (["c", " Bc"], "a."), ("B c", None)],
+)
+async def test_a_stop_string_may_be_of_several_sentences(stop: str | list[str], text: str | None) -> None:
+    collected = Collected(await said(Script(SPLIT), prompt="One. Two.", stop=stop))
+    assert collected.text(0) == ("a. Bc" if text is None else text)
+    assert (collected.finish(0).stop is None) == (text is None)
+
+
+async def test_a_stop_that_a_sentence_found_loses_to_one_that_was_complete_before() -> None:
+    found = Script([Finish(0, "stop", "a."), Finish(1, "stop", "", "Bc")])
+    (finish,) = (await said(found, prompt="One. Two.", stop=["Bc", ". B"]))[1:-1]
+    assert finish == Finish(0, "stop", "a", ". B")
+    alone = Script([Finish(0, "stop", "a."), Finish(1, "stop", "", "Bc")])
+    assert (await said(alone, prompt="One. Two.", stop=["Bc", ". C"]))[1:-1] == [Finish(0, "stop", "a. ", "Bc")]
+
+
+async def test_a_stop_string_is_not_sought_before_the_least_tokens() -> None:
+    events = await said(Script(SPLIT), prompt="One. Two.", stop=["a", " B"], min_tokens=2)
+    assert Collected(events).text(0) == "a. Bc"  # B is the second sentence's first token
+
+
+async def test_text_that_may_begin_a_stop_is_held_back_and_told_at_the_end() -> None:
+    events = await said(Script(SPLIT), prompt="One. Two. ", stop="c .")
+    assert events[1:-1] == [
+        Token(0, 1, "a"),
+        Token(0, 2, "."),
+        Token(0, 3, " B"),
+        Token(0, 4, ""),
+        Finish(0, "stop", "c "),
+    ]
+
+
+async def test_once_all_outputs_are_stopped_nothing_more_is_waited_for() -> None:
+    script = Script([Token(0, 1, "a"), Token(2, 2, "b"), Token(0, 3, ""), Finish(0, "stop", "", "x"), Token(1, 4, "c")])
+    call = Call("id", "/", time.monotonic() + 10)
+    events = [event async for event in translate(script, GenerateRequest(prompt="One. Two. Three.", stop="x"), call)]
+    *_, finish, end = events
+    assert finish == Finish(0, "stop", "", "x")
+    assert isinstance(end, End)
+    assert end.usage == GenerateUsage(START.prompt_tokens, 3, 0)
+    assert script.is_closed
+    assert call.progress.finished is not None
+
+
+async def test_an_output_that_is_stopped_does_not_end_another() -> None:
+    script = Script([Finish(0, "stop", "", "x"), Finish(2, "stop", "d"), Finish(3, "stop", "e"), Finish(1, "stop")])
+    events = await said(script, prompt=["One. Two.", "Three. Four."], stop="x")
+    assert events[1:3] == [Finish(0, "stop", "", "x"), Finish(1, "stop", "d e")]
 
 
 async def test_tokens_that_were_not_told_come_with_the_end_of_all() -> None:
@@ -145,7 +202,7 @@ async def test_other_errors_pass_as_they_are(error: AttndError) -> None:
     assert caught.value is error
 
 
-@pytest.mark.parametrize("prompt", ["", " \n", ["A word.", "\t"]])
+@pytest.mark.parametrize("prompt", ["", " \n", ["A word.", "\t"], "...", "1) \u200b\n* * *"])
 async def test_a_text_without_words_is_refused(prompt: Any) -> None:
     script = Script()
     with pytest.raises(InvalidRequest, match=r"^prompt\.[01] has nothing to translate$"):

@@ -22,9 +22,10 @@ class Timing:
 class GenerateTiming:
     """Where a generation's time went, in seconds.
 
-    tokenize: from admission until all prompts were tokens. queue: from there until the first of them was prefilled.
-    prefill: from there to the first token. decode: from the first token to the last. first_token: from the first byte
-    seen to the first token. total: to the last event. Stages never reached have 0.
+    tokenize: from admission until all prompts were tokens. queue: from there until the engine began with the first of
+    them. prefill: from there to the first token, be it a beam's. decode: from then to the last. first_token: from the
+    first byte seen to the first token of an output: a search has none before it is over. total: to the last event.
+    Stages never reached have 0.
     """
 
     queue_seconds: float
@@ -52,12 +53,14 @@ class Progress:
     admitted: float | None = None
     tokenized: float | None = None
     started: float | None = None
-    first_token: float | None = None
+    prefilled: float | None = None  # when the first token was written, be it a beam's
+    first_token: float | None = None  # of an output
     finished: float | None = None
-    untold_gaps: list[float | None] = field(default_factory=list)  # of tokens that are not told one by one
+    is_told_late: bool = False  # its tokens wait for others before they are told
+    untold_gaps: list[float | None] = field(default_factory=list)  # of tokens that are told late, or not one by one
 
     def leave_untold(self, gap: float | None) -> None:
-        """A token was written of which there is no event, so many seconds after the one before it in its output.
+        """A token was written whose event says nothing, so many seconds after the one before it in its output.
 
         Several threads may say so at once.
         """
@@ -78,13 +81,14 @@ class Progress:
 
     def generate_timing(self, now: float) -> GenerateTiming:
         """As `timing`, for a generation."""
-        until_first = self.timing(now if self.first_token is None else self.first_token)
-        first_token = now if self.first_token is None else self.first_token
+        written = self.first_token if self.prefilled is None else self.prefilled
+        prefilled = now if written is None else written
+        until_first = self.timing(prefilled)
         return GenerateTiming(
             queue_seconds=until_first.queue_seconds,
             tokenize_seconds=until_first.tokenize_seconds,
-            prefill_seconds=0.0 if self.started is None else first_token - self.started,
-            decode_seconds=0.0 if self.first_token is None else (self.finished or now) - self.first_token,
+            prefill_seconds=0.0 if self.started is None else prefilled - self.started,
+            decode_seconds=0.0 if written is None else (self.finished or now) - written,
             first_token_seconds=0.0 if self.first_token is None else self.first_token - self.begun,
             total_seconds=now - self.begun,
         )

@@ -83,7 +83,7 @@ class GenerateRequest:
 
     Exactly one of `prompt` and `messages`. There are `n` outputs a prompt; output `i` belongs to prompt `i // n`.
     `max_tokens` None: as many as the model's limit leaves room for; more than that is cut to it. `temperature` None:
-    what the model's manifest says (0 is greedy). `seed` None: another one for every request. `logprobs`: for every
+    what the model's manifest says (0 is greedy). `seed` None: another one for every output. `logprobs`: for every
     token its log-probability and those of the k likeliest alternatives; None: none. `echo`: the prompt's tokens with
     their log-probabilities, too. `num_beams` over 1: beam search, whose `n` best outputs are told when it is
     over, ranked by log p / tokens^length_penalty.
@@ -135,7 +135,8 @@ def generation_tasks(request: GenerateRequest) -> tuple[str, ...]:
 
 @plain(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and its log-probability under the model's own distribution (before temperature, penalties and bias).
+    """A token and its log-probability under the model's own distribution, among the tokens that it can write (before
+    temperature, penalties and bias).
 
     `text` is the token decoded alone, with U+FFFD for bytes that are no whole character; `bytes` are exact.
     """

@@ -162,7 +162,8 @@ def placed(beams: Sequence[Beam], num_rows: int) -> list[Beam | None]:
 class BeamOutput:
     """The outputs of one search. They are told when it is over, the best first, and nothing of them before."""
 
-    num_untold = 0  # there is no token of theirs before it is over
+    num_shown = 0  # there is no token of theirs before it is over, and then there are all
+    is_told = False
 
     def __init__(self, search: BeamSearch, outputs: Sequence[Output]) -> None:
         self._search = search

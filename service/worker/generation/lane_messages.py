@@ -31,6 +31,7 @@ class Add(msgspec.Struct, tag="add", array_like=True, frozen=True):
     job: int
     num_places: int
     wants_tokens: bool
+    is_told_late: bool
     request: GenerateRequest
     prompts: list[tuple[int, list[int]]]
     plans: list[tuple[int, int, int, int]]
@@ -77,6 +78,7 @@ class Marks(msgspec.Struct, array_like=True, frozen=True):
 
     job: int
     started: float | None
+    prefilled: float | None
     first_token: float | None
     gaps: list[float | None]
 

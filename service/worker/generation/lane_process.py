@@ -92,7 +92,7 @@ class Desk:
                 self._close(number, closed_at)
 
     def _add(self, asked: Add) -> None:
-        job = Job(asked.num_places, Progress(), asked.wants_tokens)
+        job = Job(asked.num_places, Progress(is_told_late=asked.is_told_late), asked.wants_tokens)
         prompts = [Prompt(index, ids, is_whole=True) for index, ids in asked.prompts]
         plans = [OutputPlan(prompts[at], index, seed, most) for at, index, seed, most in asked.plans]
         self._jobs[asked.job], self._numbers[job], self._num_left[job] = job, asked.job, len(plans)
@@ -138,7 +138,7 @@ class Desk:
 
 def _marks(number: int, progress: Progress) -> Marks:
     gaps, progress.untold_gaps = progress.untold_gaps, []
-    return Marks(number, progress.started, progress.first_token, gaps)
+    return Marks(number, progress.started, progress.prefilled, progress.first_token, gaps)
 
 
 def serve(lane: ThreadLane, channel: Channel) -> NoReturn:

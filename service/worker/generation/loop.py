@@ -240,8 +240,8 @@ class GenerationLoop:
 
     def _write(self, sequence: Sequence, given: Several[Given] | Logits, now: float, done: Done) -> None:
         """One more token of an output or of all beams of a search, and what follows from it."""
-        output, progress = sequence.output, sequence.job.progress
-        num_untold = output.num_untold
+        output = sequence.output
+        num_shown = output.num_shown
         rows: list[Any] = [row for row in given if row is not None]  # of the kind that the output takes
         if len(rows) < len(given):
             self._fail((sequence,), None, done)
@@ -252,11 +252,7 @@ class GenerationLoop:
         except Exception as error:
             self._fail((sequence,), error, done)
             return
-        if progress.first_token is None and output.num_tokens:  # a search has none until it is over
-            progress.first_token = now
-        if output.num_untold > num_untold:
-            progress.leave_untold(now - sequence.written if num_untold else None)
-        sequence.written = now
+        self._mark(sequence, num_shown, now)
         if isinstance(output, BeamOutput):
             for row, (parent, token) in zip(sequence.rows, output.continuations, strict=True):
                 row.last_id = token
@@ -266,6 +262,17 @@ class GenerationLoop:
         if output.is_finished:
             self._scheduler.finish(sequence)
             done.ended.append(sequence)
+
+    def _mark(self, sequence: Sequence, num_shown: int, now: float) -> None:
+        """One more token was written, of an output that had `num_shown` in its text before."""
+        output, progress = sequence.output, sequence.job.progress
+        if progress.prefilled is None:
+            progress.prefilled = now
+        if progress.first_token is None and output.num_tokens:
+            progress.first_token = now
+        if output.num_shown > num_shown and (progress.is_told_late or not output.is_told):
+            progress.leave_untold(now - sequence.written if num_shown else None)
+        sequence.written = now
 
     def _fail(self, sequences: Several[Sequence], error: Exception | None, done: Done) -> None:
         if error is not None:

@@ -50,6 +50,7 @@ class Output:
         self._tokenizer = tokenizer
         is_told = wants_tokens or request.logprobs is not None or bool(request.stop)
         self._detokenizer = tokenizer.detokenizer() if is_told else None
+        self.is_told = is_told  # a token at a time
         self._stops = StopStrings(request.stop)
         self._num_top = request.logprobs
         self._min_tokens = request.min_tokens
@@ -59,6 +60,7 @@ class Output:
         self._echoed: list[TokenLogprob] = []
         self._untold: list[int] = []  # tokens that its end will tell the text of
         self.num_tokens = 0  # written, the one that ended it included
+        self.num_shown = 0  # that are part of the text
         self.last_id = -1
         self.is_finished = False
 
@@ -74,11 +76,6 @@ class Output:
         tokens, self._echoed = tuple(self._echoed), []
         return PromptTokens(prompt, tokens)
 
-    @property
-    def num_untold(self) -> int:
-        """Tokens that are part of the text and of which there was no event."""
-        return len(self._untold)
-
     def write(self, rows: Sequence[Logits]) -> Sequence[Event]:
         """One more token, from its one row of (vocabulary,). Raises EngineFailed if they are not finite."""
         (logits,) = rows
@@ -93,6 +90,7 @@ class Output:
             return (self._end("stop", token),)
         if token in self._end_ids:
             return (self._end("stop"),)
+        self.num_shown += 1
         return self._keep(token) if self._detokenizer is None else self._show(token, logprob, self._detokenizer)
 
     def logprob(self, logits: Logits, token: int) -> TokenLogprob | None:

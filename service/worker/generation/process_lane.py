@@ -85,6 +85,7 @@ class ProcessLane:
                 share.number,
                 job.num_places,
                 job.wants_tokens,
+                job.progress.is_told_late,
                 request,
                 [(prompt.index, list(prompt.ids)) for prompt in prompts],
                 [(prompts.index(plan.prompt), plan.index, plan.seed, plan.max_tokens) for plan in plans],
@@ -175,6 +176,7 @@ class _Ends(asyncio.Protocol):
 def _mark(job: Job, marks: Marks) -> None:
     progress = job.progress
     progress.started = _earlier(progress.started, marks.started)
+    progress.prefilled = _earlier(progress.prefilled, marks.prefilled)
     progress.first_token = _earlier(progress.first_token, marks.first_token)
     for gap in marks.gaps:
         progress.leave_untold(gap)

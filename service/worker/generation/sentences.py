@@ -4,6 +4,7 @@ A line break ends a sentence. So do `!`, `?`, `…` and full stops, with the quo
 when white space follows, and other scripts' full stops even when none does. Not before a small letter, nor behind the
 number of a list's item, a single letter, a dotted or a known abbreviation, unless a word that mostly begins a sentence
 follows.
+What has no letter is no sentence: a number, a row of dashes, an emoji need no translation.
 Knows no grammar: in doubt two sentences stay together, which costs a translation less than one that is cut in two.
 Sentences that a line's end cuts, as in mail wrapped by hand, are cut; those inside of brackets and quotes are separate.
 The time is linear in the text, whatever it is made of.
@@ -13,6 +14,10 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 
+# White space, control characters, and the marks of Unicode that have no width.
+_BLANK = r"[\s\x00-\x1f\x7f-\x9f\u200b\u2060\ufeff]"
+BLANKS = re.compile(rf"{_BLANK}++")
+UNPADDED = re.compile(rf"(?!{_BLANK}).(?:.*(?!{_BLANK}).)?", re.DOTALL)  # from the first to the last that is not blank
 LINE = re.compile(r"[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 # Quotes and brackets, and the marks of emphasis: straight, curly and angular.
 _CLOSING = r"[\"'\u201d\u2019\xbb\u203a)\]}*_]*+"
@@ -49,15 +54,19 @@ STARTERS = _words(
 
 
 def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of each sentence, in order; what lies before, between and behind them is white space."""
+    """(start, end) of each sentence, in order; what lies before, between and behind them has no letter."""
     for line in LINE.finditer(text):
         start = line.start()
         for end in chain(_ends(text, *line.span()), (line.end(),)):
-            sentence = text[start:end]
-            if words := sentence.strip():
-                first = start + len(sentence) - len(sentence.lstrip())
-                yield first, first + len(words)
+            sentence = UNPADDED.search(text, start, end)
+            if sentence is not None and any(map(str.isalpha, sentence[0])):
+                yield sentence.span()
             start = end
+
+
+def as_read(sentence: str) -> str:
+    """With a space for whatever else is blank: a translator has seen nothing but single spaces."""
+    return BLANKS.sub(" ", sentence)
 
 
 def _ends(text: str, start: int, stop: int) -> Iterator[int]:

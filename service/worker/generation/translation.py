@@ -1,45 +1,36 @@
 """Texts to translate as sentences, each a source of its own, and their translations as texts again.
 
 Sentences are written side by side, but told in order: what a later one says waits until those before it have ended.
-White space before, between and behind them stays as it is. Per sentence are the model's limit, `max_tokens`,
-`min_tokens` and `n` (the j-th output of a text consists of each sentence's j-th). An output's finish_reason is "length"
-if any sentence's is. A stop string or id ends the output in the sentence where it is found; the later ones, written
-meanwhile, are in the usage and nowhere else. Token ids are a source as they are. In the timing, the first token is that
-of whichever sentence has one first, even if it is told later.
+White space and all else without a letter, before, between and behind them, stays as it is. Per sentence are the model's
+limit, `max_tokens`, `min_tokens` and `n` (the j-th output of a text consists of each sentence's j-th). An output's
+finish_reason is "length" if any sentence's is. A stop string or id ends the output, a string also where it is of more
+than one sentence (of one that is to have `min_tokens`, only behind these); what was written meanwhile of later
+sentences is in the usage and nowhere else, and when all outputs have been stopped no more is. Token ids are a source as
+they are. In the timing, the first token is that of whichever sentence has one first, even if it is told later.
 Knows no engine: it makes another request for a generator, and other events of what comes back.
 """
 
 import asyncio
 import re
-from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Protocol
 
-from service.domain import MAX_OUTPUTS, Call, Event, Finish, FinishReason, GenerateRequest, Token
+from service.domain import MAX_OUTPUTS, Call, Event, GenerateRequest
 from service.errors import InvalidRequest, TooLarge, Unsupported
 from service.worker.generation.prompts import num_characters
-from service.worker.generation.sentences import sentence_spans
+from service.worker.generation.rejoined import Rejoined, Source, Text
+from service.worker.generation.sentences import as_read, sentence_spans
 
 LONG_TO_SPLIT = 65_536  # characters from which on splitting would hold up the event loop (some 10 ms)
-
-Source = str | tuple[int, ...]
 
 
 class Generates(Protocol):
     """What Generator does."""
 
     def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A prompt's sentences, at least one, and the white space before, between and behind them: one more."""
-
-    sources: tuple[Source, ...]
-    spaces: tuple[str, ...]
 
 
 def translate(generator: Generates, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
@@ -61,13 +52,18 @@ async def _translate_sentences(
     """`texts` None: it takes long to find them."""
     if texts is None:
         texts = await asyncio.to_thread(texts_of, request)
-    rejoined = Rejoined(texts, request.n)
+    rejoined = Rejoined(texts, request)
+    call.progress.is_told_late = True
     sentences = replace(request, prompt=sources_of(texts))
     try:
         async with aclosing(generator.generate(sentences, call)) as events:
             async for event in events:
                 for told in rejoined.take(event):
                     yield told
+                if rejoined.is_stopped:
+                    break
+        if rejoined.is_stopped:
+            yield rejoined.end(call.progress)
     except (InvalidRequest, TooLarge) as error:
         raise _named(error, texts) from None
 
@@ -100,7 +96,7 @@ def _text(prompt: Source, most: int) -> Text:
     ends = [0, *(end for _, end in spans)]
     starts = [*(start for start, _ in spans), len(prompt)]
     spaces = tuple([prompt[end:start] for end, start in zip(ends, starts, strict=True)])
-    return Text(tuple([prompt[start:end] for start, end in spans]), spaces)
+    return Text(tuple([as_read(prompt[start:end]) for start, end in spans]), spaces)
 
 
 def _named(error: InvalidRequest | TooLarge, texts: Sequence[Text]) -> InvalidRequest | TooLarge:
@@ -112,59 +108,3 @@ def _named(error: InvalidRequest | TooLarge, texts: Sequence[Text]) -> InvalidRe
     index, place = places[int(found[1])]
     message = error.message.replace(found[0], f"sentence {place + 1} of prompt.{index}", 1)
     return type(error)(message, param=f"prompt.{index}", code=error.code)
-
-
-class Rejoined:
-    """A generation's events about sentences -> those about texts. `take` each of them, in turn."""
-
-    def __init__(self, texts: Sequence[Text], n: int) -> None:
-        outputs = [[RejoinedOutput(index * n + place, text) for place in range(n)] for index, text in enumerate(texts)]
-        self._of_sentence = [
-            (output, sentence)
-            for index, text in enumerate(texts)
-            for sentence in range(len(text.sources))
-            for output in outputs[index]
-        ]
-
-    def take(self, event: Event) -> Iterator[Event]:
-        if isinstance(event, Token | Finish):
-            output, sentence = self._of_sentence[event.index]
-            yield from output.take(sentence, event)
-        else:
-            yield event
-
-
-class RejoinedOutput:
-    """One output in the making."""
-
-    def __init__(self, index: int, text: Text) -> None:
-        self._index = index
-        self._spaces = text.spaces
-        self._waiting: list[deque[Token | Finish]] = [deque() for _ in text.sources]
-        self._sentence = 0  # the one that is being told
-        self._said = text.spaces[0]  # by what was no token, and told with the next
-        self._reason: FinishReason = "stop"
-        self._ids: tuple[int, ...] = ()  # that no token told of
-
-    def take(self, sentence: int, event: Token | Finish) -> Iterator[Event]:
-        self._waiting[sentence].append(event)
-        while self._sentence < len(self._waiting) and (waiting := self._waiting[self._sentence]):
-            event = waiting.popleft()
-            text, self._said = self._said + event.text, ""
-            if isinstance(event, Token):
-                yield Token(self._index, event.id, text, event.logprob)
-            else:
-                yield from self._end_sentence(event, text)
-
-    def _end_sentence(self, event: Finish, text: str) -> Iterator[Event]:
-        self._sentence += 1
-        self._ids += event.ids
-        if event.stop is not None:
-            self._sentence = len(self._waiting)
-            yield Finish(self._index, event.finish_reason, text, event.stop, self._ids)
-            return
-        if event.finish_reason == "length":
-            self._reason = "length"
-        self._said = text + self._spaces[self._sentence]
-        if self._sentence == len(self._waiting):
-            yield Finish(self._index, self._reason, self._said, ids=self._ids)
