@@ -5,11 +5,12 @@ documentation: the command line's help texts are the field descriptions below.
 """
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from service.domain import MAX_INPUTS
@@ -17,17 +18,30 @@ from service.errors import ConfigError
 
 PREFIX = "ATTND_"
 
+_ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]):([0-9]{1,5})")
+
+
+def _checked_address(text: str) -> str:
+    """Strict, since gRPC is not: it takes a port modulo 65536, and the beginning of a URL for a name."""
+    found = _ADDRESS.fullmatch(text)
+    if found is None or not 1 <= int(found[1]) <= 65_535:
+        raise ValueError(f"an address is HOST:PORT, its port 1 to 65535 and IPv6 in brackets, got {text!r}")
+    return text
+
+
+Host = Annotated[str, Field(min_length=1)]  # an empty one would be every interface
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
-Address = Annotated[str, Field(pattern=r"^\S+:\d{1,5}$")]
+Address = Annotated[str, AfterValidator(_checked_address)]
+Bounds = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]  # the last, infinity, is always there
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Settings:
     """Everything that can be set. Each field is the flag --field-name and the variable ATTND_FIELD_NAME."""
 
-    host: Annotated[str, "address to listen on"] = "127.0.0.1"
+    host: Annotated[Host, "address to listen on"] = "127.0.0.1"
     http_port: Annotated[Port, "HTTP port (0: any free one)"] = 8000
     grpc_port: Annotated[Port, "gRPC port (0: any free one)"] = 50051
     metrics_port: Annotated[Port, "HTTP port for a worker's metrics and health (0: any free one)"] = 9090
@@ -57,10 +71,11 @@ class Settings:
     request_timeout: Annotated[Seconds, "seconds after which a request fails, if the caller sets no less"] = 600.0
     drain_timeout: Annotated[Seconds, "seconds to finish accepted requests on SIGTERM"] = 20.0
     latency_buckets: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...], "upper bounds of the latency histograms, in seconds"
+        Bounds,
+        "upper bounds of the latency histograms, in seconds",
     ] = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
     token_buckets: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...],
+        Bounds,
         "upper bounds of the histograms of gaps between tokens and of engine steps, in seconds",
     ] = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
     vllm_metrics: Annotated[bool, "write what generations are measured by under vLLM's names, too"] = False
@@ -109,9 +124,9 @@ def _parse(name: str, text: str, source: str) -> Any:
     try:
         return TypeAdapter(_TYPES[name]).validate_python(raw)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].lower()
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         shown = "..." if name == "api_key" else text
-        raise ConfigError(f"{source}={shown!r} is not valid: {reason}", param=name) from None
+        raise ConfigError(f"{source}={shown!r} is not valid: {reason[:1].lower()}{reason[1:]}", param=name) from None
 
 
 def load_settings(flags: Mapping[str, str], environ: Mapping[str, str]) -> Settings:

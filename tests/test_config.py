@@ -53,6 +53,8 @@ def test_an_unknown_variable_is_an_error_that_names_it_and_the_known_ones(key):
 
 
 MALFORMED = [
+    ("host", ""),
+    ("host", "  "),
     ("http_port", "eighty"),
     ("http_port", ""),
     ("http_port", "-1"),
@@ -68,6 +70,14 @@ MALFORMED = [
     ("worker", "nowhere"),
     ("worker", "a:1,b"),
     ("worker", "a:"),
+    ("worker", "a:0"),
+    ("worker", "a:65536"),
+    ("worker", "b:1,localhost:99999"),
+    ("worker", "http://localhost:1"),
+    ("worker", "localhost/x:1"),
+    ("worker", "::1:50051"),
+    ("worker", "[::1:50051"),
+    ("worker", ":50051"),
     ("provider", "tpu"),
     ("provider_fallback", "perhaps"),
     ("log_level", "loud"),
@@ -75,10 +85,13 @@ MALFORMED = [
     ("latency_buckets", "0,1"),
     ("latency_buckets", "-1"),
     ("latency_buckets", "0.1,nan"),
+    ("latency_buckets", "1,inf"),
+    ("latency_buckets", "1,1e999"),
     ("latency_buckets", "0.5,0.1"),
     ("latency_buckets", "0.1,0.1"),
     ("token_buckets", "0.1,0.1"),
     ("token_buckets", "0,1"),
+    ("token_buckets", "1,inf"),
     ("vllm_metrics", "perhaps"),
 ]
 
@@ -99,6 +112,8 @@ def test_the_error_shows_the_value_and_where_it_came_from():
     assert caught.value.param == "http_port"
     with pytest.raises(ConfigError, match=r"--http-port='eighty' is not valid"):
         load_settings({"http_port": "eighty"}, {})
+    with pytest.raises(ConfigError, match=r"is not valid: an address is HOST:PORT.* got 'b:99999'"):
+        load_settings({"worker": "a:1,b:99999"}, {})
 
 
 @pytest.mark.parametrize(
@@ -110,6 +125,7 @@ def test_the_error_shows_the_value_and_where_it_came_from():
         ("models", "", ()),
         ("worker", "a:1,b:2", ("a:1", "b:2")),
         ("worker", "[::1]:50051", ("[::1]:50051",)),
+        ("worker", "my_worker-1.a.b:1,127.0.0.1:65535", ("my_worker-1.a.b:1", "127.0.0.1:65535")),
         ("provider", "cuda", "cuda"),
         ("provider_fallback", "true", True),
         ("log_requests", "0", False),
