@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from service.address import address_text
 from service.backend import Backend
 from service.cli.flags import HELP as ASK_HELP
 from service.cli.flags import add_ask_flags
@@ -126,7 +127,7 @@ async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -
 
     server = HttpServer(create_app(backend, metrics, settings), settings, port=settings.http_port)
     port = await server.start()
-    _log.info("HTTP on http://%s:%d", settings.host, port)
+    _log.info("HTTP on http://%s", address_text(settings.host, port))
     return server.stop
 
 
@@ -135,7 +136,7 @@ async def _start_rpc(backend: Observed, settings: Settings) -> Stop:
 
     server = RpcServer(backend, settings)
     port = await server.start()
-    _log.info("gRPC on %s:%d", settings.host, port)
+    _log.info("gRPC on %s", address_text(settings.host, port))
     return server.stop
 
 
@@ -143,7 +144,7 @@ async def _start_status(backend: Observed, metrics: Metrics, settings: Settings)
     from service.status import StatusServer
 
     server = StatusServer(backend, metrics, host=settings.host, port=settings.metrics_port)
-    _log.info("health and metrics on http://%s:%d", settings.host, server.start())
+    _log.info("health and metrics on http://%s", address_text(settings.host, server.start()))
     return server.stop
 
 

@@ -6,10 +6,12 @@ even while the event loop is busy.
 
 import asyncio
 import json
+import socket
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from service.address import listening
 from service.backend import Backend
 from service.errors import AttndError
 from service.metrics import Metrics
@@ -17,6 +19,17 @@ from service.metrics import Metrics
 READY_TIMEOUT_S = 5.0
 
 _Reply = tuple[HTTPStatus, str, bytes]
+
+
+class _Server(ThreadingHTTPServer):
+    """The library's own knows IPv4 alone."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        found, *_ = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family = found[0]
+        super().__init__((str(found[4][0]), address[1]), handler)
 
 
 class StatusServer:
@@ -28,10 +41,10 @@ class StatusServer:
         self._address = (host, port)
 
     def start(self) -> int:
-        """Listen; called on the event loop that the backend belongs to. Raises OSError when the address is taken."""
+        """Listen; called on the event loop that the backend belongs to. Raises ConfigError when that fails."""
         self._loop = asyncio.get_running_loop()
-        self._server = ThreadingHTTPServer(self._address, self._handler())
-        self._server.daemon_threads = True
+        with listening("health and metrics", *self._address):
+            self._server = _Server(self._address, self._handler())
         threading.Thread(target=self._server.serve_forever, name="status", daemon=True).start()
         return self._server.server_port
 

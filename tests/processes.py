@@ -10,10 +10,22 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import httpx
+import pytest
 
 ROOT = Path(__file__).parents[1]
 READY_TIMEOUT_S = 120  # a limit for what never comes, not an expectation
 EXIT_TIMEOUT_S = 60
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="needs IPv6")
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

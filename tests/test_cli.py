@@ -44,6 +44,9 @@ def test_every_setting_is_a_flag_of_some_command():
         (("gateway", "--worker=nowhere"), {}, "nowhere"),
         (("serve", "--models=no-such-model"), {}, "no-such-model"),
         (("models", "--models=no-such-model"), {}, "no-such-model"),
+        (("serve",), {"ATTND_HOST": ""}, "ATTND_HOST=''"),
+        (("gateway", "--worker=a:1", "--host=999.1.1.1"), {}, "cannot listen for HTTP on 999.1.1.1:8000: "),
+        (("worker", "--host=no..name"), {}, "cannot listen for health and metrics on no..name:9090: "),
         (("serve", "--no-such-flag=1"), {}, "--no-such-flag"),
         (("gateway", "--worker=a:1", "--threads=1"), {}, "--threads"),
         (("conquer",), {}, "conquer"),
@@ -58,13 +61,29 @@ def test_a_wrong_start_is_one_line_that_names_what_is_wrong(arguments, extra, na
     assert done.stdout == ""
 
 
-def test_a_port_that_is_taken_is_an_error_that_names_it():
+@pytest.mark.parametrize(
+    ("protocol", "arguments"),
+    [
+        ("HTTP", ("gateway", "--worker=127.0.0.1:1", "--http-port={port}")),
+        ("gRPC", ("serve", "--models=sentiment", "--http-port=0", "--grpc-port={port}")),
+        ("gRPC", ("worker", "--models=sentiment", "--metrics-port=0", "--grpc-port={port}")),
+        ("health and metrics", ("worker", "--models=sentiment", "--metrics-port={port}")),
+    ],
+)
+def test_a_port_that_is_taken_is_an_error_that_names_it(protocol, arguments):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken = listener.getsockname()[1]
-        done = attnd("gateway", "--worker=127.0.0.1:1", f"--http-port={taken}")
-    assert done.returncode != 0
-    assert str(taken) in done.stderr
+        done = attnd(*(argument.format(port=taken) for argument in arguments))
+    assert done.returncode == 2
+    assert f"attnd: cannot listen for {protocol} on 127.0.0.1:{taken}: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_http_and_grpc_cannot_have_the_same_port():
+    (port,) = free_ports(1)
+    done = attnd("serve", "--models=sentiment", f"--http-port={port}", f"--grpc-port={port}")
+    assert done.returncode == 2
+    assert f"attnd: cannot listen for gRPC on 127.0.0.1:{port}: " in done.stderr
 
 
 def test_models_prints_what_is_known_about_each():

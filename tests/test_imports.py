@@ -33,13 +33,16 @@ def rule(module: str, project: str = "", heavy: str = "") -> Rule:
     return Rule(module, frozenset(project.split()), frozenset(heavy.split()))
 
 
-EDGE = "service.config service.domain service.errors service.metrics service.observed service.validation"
+EDGE = (
+    "service.address service.config service.domain service.errors service.metrics service.observed service.validation"
+)
 
 # The first that matches decides.
 RULES = [
     rule("service"),
     rule("service.errors"),
     rule("service.config", "service.domain service.errors", "pydantic"),
+    rule("service.address", "service.errors"),
     rule("service.domain", "service.domain.*"),
     rule("service.domain.*", "service.domain.* service.errors", "pydantic"),
     rule("service.validation", "service.errors", "pydantic"),
@@ -50,7 +53,7 @@ RULES = [
     rule("service.metrics", "service.domain service.histogram service.vllm_metrics", "prometheus_client"),
     rule("service.tally", "service.domain service.metrics"),
     rule("service.observed", "service.backend service.domain service.errors service.metrics service.tally"),
-    rule("service.status", "service.backend service.errors service.metrics"),
+    rule("service.status", "service.address service.backend service.errors service.metrics"),
     rule("service.gateway.*", f"service.gateway.* {EDGE}", "fastapi starlette httptools pydantic"),
     rule("service.rpc.pb.*", "service.rpc.pb.*", "google grpc"),
     rule("service.rpc.*", f"service.rpc.* {EDGE}", "google grpc grpc_health grpc_reflection pydantic"),

@@ -1,11 +1,13 @@
 """The core's calls and port by themselves, asked by gRPC's own client."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import pytest
 from fakes import until
 from grpc import StatusCode
 
@@ -25,7 +27,8 @@ async def answering(answer: Answer, *, grace_s: float = 0.0) -> AsyncIterator[An
         open_.update((answered, left))
 
     port = Port(accept, ())
-    address = f"127.0.0.1:{port.listen('127.0.0.1:0')}"
+    address = f"127.0.0.1:{port.bind('127.0.0.1:0')}"
+    port.start()
     try:
         async with grpc.aio.insecure_channel(address) as channel:
             yield channel.stream_stream("/a.B/C")
@@ -110,3 +113,11 @@ async def test_a_port_that_stops_cancels_the_calls_that_remain() -> None:
         stream = method(timeout=10)
         assert await stream.read() == b"begun"
     assert await stream.code() == StatusCode.CANCELLED
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1:{}", "no..name:{}"])
+async def test_a_port_that_cannot_be_bound_is_an_error_that_names_it(name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = name.format(listener.getsockname()[1])
+        with pytest.raises(OSError, match=address):
+            Port(lambda call: None, ()).bind(address)

@@ -1,6 +1,7 @@
 """The gRPC port over real sockets, asked by gRPC's own client."""
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,11 +12,12 @@ from fakes import MODEL, FakeBackend, fake_scores, until
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from processes import needs_ipv6
 from rpc import LIMIT, SERVICE, Running, Start, details_of, failure_of
 
 from service.domain import TextInput
-from service.errors import Overloaded, Unavailable
-from service.rpc import core
+from service.errors import ConfigError, Overloaded, Unavailable
+from service.rpc import core, server
 from service.rpc.pb.attnd.v1 import inference_pb2 as pb
 
 
@@ -156,6 +158,52 @@ async def test_more_calls_than_the_core_was_asked_for_are_open_at_once(running: 
     await until(lambda: backend.num_waiting == len(calls))
     backend.release()
     assert {reply.model for reply in await asyncio.gather(*calls)} == {MODEL.id}
+
+
+async def test_a_port_has_one_server(start: Start) -> None:
+    first = await start()
+    with pytest.raises(ConfigError, match=f"cannot listen for gRPC on 127.0.0.1:{first.port}: "):
+        await start(grpc_port=first.port)
+    assert (await first.classify("a")).model == MODEL.id
+
+
+async def model_at(address: str) -> str:
+    """The model that answers there."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        method = channel.unary_unary(f"/{SERVICE}/ListModels", None, pb.ListModelsResponse.FromString)
+        return (await method(b"", timeout=10)).models[0].id
+
+
+@needs_ipv6
+async def test_an_ipv6_address_needs_no_brackets(start: Start) -> None:
+    running = await start(host="::1")
+    assert await model_at(f"[::1]:{running.port}") == MODEL.id
+
+
+@pytest.fixture
+def two_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name stands for two, as localhost often does."""
+
+    async def both(host: str) -> list[str]:
+        return ["::1", "127.0.0.1"]
+
+    monkeypatch.setattr(server, "addresses_of", both)
+
+
+@needs_ipv6
+@pytest.mark.usefixtures("two_addresses")
+async def test_a_name_is_listened_on_by_all_its_addresses(start: Start) -> None:
+    running = await start(host="localhost")
+    assert [await model_at(f"{host}:{running.port}") for host in ("[::1]", "127.0.0.1")] == [MODEL.id] * 2
+
+
+@needs_ipv6
+@pytest.mark.usefixtures("two_addresses")
+async def test_a_port_that_is_taken_on_one_address_is_taken(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"on localhost:{taken}: 127.0.0.1:{taken} is taken"):
+            await start(host="localhost", grpc_port=taken)
 
 
 async def test_an_unknown_method_is_unimplemented(running: Running) -> None:

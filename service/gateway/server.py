@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from email.utils import formatdate
 
+from service.address import listening
 from service.config import Settings
 from service.gateway.app import Gateway
 from service.gateway.connection import Connection, Limits
@@ -29,12 +30,13 @@ class HttpServer:
         return len(self._shared.connections)
 
     async def start(self) -> int:
-        """Listen; gives the port. Raises OSError when the address is taken."""
+        """Listen; gives the port. Raises ConfigError when that fails."""
         loop = asyncio.get_running_loop()
         self._shared = Shared(self._gateway.entry, _date_line())
-        self._listener = await loop.create_server(
-            lambda: Connection(self._shared, self._limits), self._host, self._port, backlog=_BACKLOG
-        )
+        with listening("HTTP", self._host, self._port):
+            self._listener = await loop.create_server(
+                lambda: Connection(self._shared, self._limits), self._host, self._port, backlog=_BACKLOG
+            )
         self._sweeper = loop.create_task(self._sweep())
         port: int = self._listener.sockets[0].getsockname()[1]
         return port

@@ -105,7 +105,7 @@ class Call:
 
 
 class Port:
-    """Accepts calls on one address. `accept` is called with each, on the event loop."""
+    """Accepts calls on the addresses that it was bound to. `accept` is called with each, on the event loop."""
 
     def __init__(self, accept: Callable[[Call], None], options: Sequence[tuple[str, int]]) -> None:
         self._accept = accept
@@ -119,14 +119,22 @@ class Port:
         self._stopped = self._loop.create_future()
         self._thread = threading.Thread(target=self._wait, name="grpc", daemon=True)
 
-    def listen(self, address: str) -> int:
-        """The bound port. Raises RuntimeError when the address is taken."""
+    def bind(self, address: str) -> int:
+        """Listen on HOST:PORT from `start` on; gives the port. Raises OSError; the core logs to stderr what hinders it.
+
+        HOST is better an IP address: of a name's addresses the core is content with one.
+        """
         port = int(self._server.add_http2_port(address.encode()))
+        if port == 0:  # grpc.server and grpc.aio make their error of this
+            raise OSError(f"{address} is taken, or not to be had")
+        return port
+
+    def start(self) -> None:
+        """Accept calls, after `bind`."""
         self._server.start()
         for _ in range(NUM_REQUESTED):
             self._request()
         self._thread.start()
-        return port
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, let the open ones end for `grace_s` seconds, cancel those that remain."""

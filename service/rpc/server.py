@@ -11,8 +11,9 @@ from typing import Any
 
 from grpc import StatusCode
 
+from service.address import address_text, addresses_of, listening
 from service.config import Settings
-from service.errors import AttndError, ConfigError, EngineFailed, InvalidRequest, TooLarge, Unavailable
+from service.errors import AttndError, EngineFailed, InvalidRequest, TooLarge, Unavailable
 from service.observed import Observed
 from service.rpc import health, inference, reflection
 from service.rpc.core import Call, Metadata, Port
@@ -53,19 +54,18 @@ class RpcServer:
         self._port: Port | None = None
 
     async def start(self) -> int:
-        """Listen; the bound port. Raises ConfigError."""
-        address = f"{self._settings.host}:{self._settings.grpc_port}"
+        """Listen on every address of the host; the bound port. Raises ConfigError."""
         options = (
             ("grpc.max_receive_message_length", max(self._settings.max_body_bytes * _OVERSIZE_FACTOR, _MIN_READ_BYTES)),
             ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", 0),  # else another server could have the same port, and a part of the calls
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         )
-        port = Port(self._accept, options)
-        try:
-            bound = port.listen(address)
-        except RuntimeError:
-            raise ConfigError(f"cannot listen on {address}", param="grpc_port") from None
+        port, bound = Port(self._accept, options), self._settings.grpc_port
+        with listening("gRPC", self._settings.host, bound):
+            for host in await addresses_of(self._settings.host):
+                bound = port.bind(address_text(host, bound))
+        port.start()
         self._port = port
         return bound
 

@@ -1,0 +1,76 @@
+"""The status server over a real socket, asked by an HTTP client."""
+
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import httpx
+import pytest
+from fakes import FakeBackend
+from processes import needs_ipv6
+
+from service.errors import ConfigError, Unavailable
+from service.metrics import Metrics
+from service.status import StatusServer
+
+Ask = Callable[[str], Awaitable[httpx.Response]]
+Start = Callable[..., Awaitable[tuple[StatusServer, Ask]]]
+
+
+@pytest.fixture
+async def start(backend: FakeBackend) -> AsyncIterator[Start]:
+    """Starts a server, and gives what asks it."""
+    async with AsyncExitStack() as stack:
+
+        async def start(*, host: str = "127.0.0.1", port: int = 0) -> tuple[StatusServer, Ask]:
+            server = StatusServer(backend, Metrics((1.0,), {"version": "1.2.3"}), host=host, port=port)
+            bound = server.start()
+            stack.push_async_callback(server.stop)
+            address = f"[{host}]" if ":" in host else host
+            client = httpx.AsyncClient(base_url=f"http://{address}:{bound}")
+            return server, (await stack.enter_async_context(client)).get
+
+        yield start
+
+
+async def test_it_is_alive_and_ready(start: Start) -> None:
+    _, get = await start()
+    assert ((await get("/healthz")).status_code, (await get("/healthz")).json()) == (200, {"status": "alive"})
+    assert ((await get("/readyz")).status_code, (await get("/readyz")).json()) == (200, {"status": "ready"})
+    assert (await get("/readyz?verbose")).status_code == 200
+
+
+async def test_while_the_backend_cannot_serve_it_is_alive_and_not_ready(start: Start, backend: FakeBackend) -> None:
+    _, get = await start()
+    backend.unready = Unavailable("the models are being loaded", code="loading")
+    reply = await get("/readyz")
+    assert reply.status_code == 503
+    assert reply.json() == {"status": "unavailable", "reason": "the models are being loaded"}
+    assert (await get("/healthz")).status_code == 200
+
+
+async def test_metrics_are_told(start: Start) -> None:
+    _, get = await start()
+    reply = await get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain")
+    assert 'version="1.2.3"' in reply.text
+
+
+async def test_there_is_nothing_else(start: Start) -> None:
+    _, get = await start()
+    reply = await get("/v1/models")
+    assert reply.status_code == 404
+    assert "/readyz" in reply.text
+
+
+@needs_ipv6
+async def test_it_listens_on_ipv6(start: Start) -> None:
+    _, get = await start(host="::1")
+    assert (await get("/healthz")).status_code == 200
+
+
+async def test_a_taken_port_is_named(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen for health and metrics on 127.0.0.1:{taken}: "):
+            await start(port=taken)
