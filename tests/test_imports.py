@@ -186,7 +186,12 @@ RULES = [
     rule("service.cli.client", "service.domain service.errors", "httptools pydantic"),
     rule("service.cli.commands", "service.cli.* service.domain service.errors service.validation", "pydantic"),
     rule("service.cli.local", "service.config service.errors service.metrics service.worker.*"),
-    rule("service.__main__", "service.*", "uvloop"),
+    rule("service.roles", "service.*"),
+    rule(
+        "service.__main__",
+        "service.cli.* service.config service.domain service.errors service.logs service.roles service.worker.load",
+        "uvloop",
+    ),
     rule(
         "model.*",
         "model.* service.worker.* service.domain service.errors",

@@ -4,10 +4,10 @@ import pytest
 from prometheus_client import Metric
 from test_metrics import BUCKETS, ours, scrape, used, value
 
-from service.__main__ import make_metrics
 from service.config import Settings
 from service.domain import GenerateTiming, Timing
 from service.metrics import Metrics
+from service.roles import make_metrics
 
 OWN = {"model_name": "m", "engine": "0"}
 NAMES = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from fakes import FakeBackend
 
-from service import __main__ as root
+from service import roles
 from service.config import Settings
 from service.observed import Observed
 
@@ -28,8 +28,8 @@ async def test_what_is_loaded_is_not_looked_through_for_cycles_again(monkeypatch
         kept.extend([] for _ in range(1000))
         loaded.set()
 
-    monkeypatch.setattr(root, "_signal", loaded.wait)
-    backend = Observed(FakeBackend(), root.make_metrics(Settings()))
-    await root._run(backend, [], load)
+    monkeypatch.setattr(roles, "_signal", loaded.wait)
+    backend = Observed(FakeBackend(), roles.make_metrics(Settings()))
+    await roles._run(backend, [], load)
     young = {id(one) for one in gc.get_objects()}
     assert not any(id(one) in young for one in kept)

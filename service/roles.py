@@ -1,0 +1,145 @@
+"""The composition root: the one place that knows which parts make up a server's process, in what order they end.
+
+`serve` is gateway and gRPC over the models in this process, `worker` gRPC over them, `gateway` HTTP over workers.
+"""
+
+import asyncio
+import gc
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from service.address import address_text
+from service.backend import Backend
+from service.config import Settings
+from service.logs import RequestLog
+from service.metrics import Metrics
+from service.observed import Observed
+
+if TYPE_CHECKING:
+    from service.worker.local import LocalBackend
+
+# What each role imports is imported by that role: a gateway carries no ONNX Runtime, a worker no web framework.
+
+Stop = Callable[[], Awaitable[None]]
+
+_log = logging.getLogger("attnd")
+
+
+def package_version() -> str:
+    try:
+        return version("attnd")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def make_metrics(settings: Settings) -> Metrics:
+    """The metrics of a process with these settings."""
+    return Metrics(
+        settings.latency_buckets,
+        {"version": package_version()},
+        token_buckets=settings.token_buckets,
+        vllm_names=settings.vllm_metrics,
+    )
+
+
+def _observed(backend: Backend, metrics: Metrics, settings: Settings) -> Observed:
+    is_logged = settings.log_requests and settings.log_level in ("debug", "info")
+    return Observed(backend, metrics, log=RequestLog().write if is_logged else None)
+
+
+async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -> Stop:
+    from service.gateway.app import create_app
+    from service.gateway.server import HttpServer
+
+    server = HttpServer(create_app(backend, metrics, settings), settings, port=settings.http_port)
+    port = await server.start()
+    _log.info("HTTP on http://%s", address_text(settings.host, port))
+    return server.stop
+
+
+async def _start_rpc(backend: Observed, settings: Settings) -> Stop:
+    from service.rpc.server import RpcServer
+
+    server = RpcServer(backend, settings)
+    port = await server.start()
+    _log.info("gRPC on %s", address_text(settings.host, port))
+    return server.stop
+
+
+async def _start_status(backend: Observed, metrics: Metrics, settings: Settings) -> Stop:
+    from service.status import StatusServer
+
+    server = StatusServer(backend, metrics, host=settings.host, port=settings.metrics_port)
+    _log.info("health and metrics on http://%s", address_text(settings.host, server.start()))
+    return server.stop
+
+
+def _local_backend(settings: Settings, metrics: Metrics) -> "LocalBackend":
+    from service.worker.load import load_models
+    from service.worker.local import LocalBackend
+
+    return LocalBackend(lambda: load_models(settings, metrics), drain_timeout_s=settings.drain_timeout)
+
+
+async def _serve(settings: Settings) -> None:
+    metrics = make_metrics(settings)
+    local = _local_backend(settings, metrics)
+    backend = _observed(local, metrics, settings)
+    edges = [await _start_http(backend, metrics, settings), await _start_rpc(backend, settings)]
+    await _run(backend, edges, local.start)
+
+
+async def _worker(settings: Settings) -> None:
+    metrics = make_metrics(settings)
+    local = _local_backend(settings, metrics)
+    backend = _observed(local, metrics, settings)
+    edges = [await _start_status(backend, metrics, settings), await _start_rpc(backend, settings)]
+    await _run(backend, edges, local.start)
+
+
+async def _gateway(settings: Settings) -> None:
+    from service.rpc.client import RemoteBackend
+
+    metrics = make_metrics(settings)
+    backend = _observed(RemoteBackend(settings.worker, settings), metrics, settings)
+    await _run(backend, [await _start_http(backend, metrics, settings)], None)
+
+
+async def _run(backend: Observed, edges: Sequence[Stop], load: Callable[[], Awaitable[None]] | None) -> None:
+    """Load, serve until a signal, then drain: the edges finish what they accepted before the backend closes."""
+    stopped = asyncio.ensure_future(_signal())
+    try:
+        if load is not None:
+            loading = asyncio.ensure_future(load())
+            await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                _log.info("ready: %s", ", ".join(model.id for model in await backend.models()))
+        gc.collect()
+        gc.freeze()  # to look through all that stays would hold up every thread for some 50 ms, every few seconds
+        await stopped
+        _log.info("draining")
+    finally:
+        stopped.cancel()
+        await asyncio.gather(*(stop() for stop in edges))
+        await backend.aclose()
+
+
+async def _signal() -> None:
+    """Return on the first SIGTERM or SIGINT; a second one ends the process at once."""
+    loop, seen = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, seen.set)
+    await seen.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+
+
+ROLES: dict[str, Callable[[Settings], Coroutine[None, None, None]]] = {
+    "serve": _serve,
+    "worker": _worker,
+    "gateway": _gateway,
+}
