@@ -7,9 +7,9 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from service.address import address_text
 from service.backend import Backend
@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 Stop = Callable[[], Awaitable[None]]
 
 _log = logging.getLogger("attnd")
+
+
+class Front(Protocol):
+    """The edge that probes and scrapers ask."""
+
+    async def drain(self) -> None:
+        """Take no new work and say so; returns once what was accepted is answered, or the drain timeout is over."""
+        ...
+
+    async def stop(self) -> None:
+        """Answer nothing any more."""
+        ...
 
 
 def package_version() -> str:
@@ -50,14 +62,14 @@ def _observed(backend: Backend, metrics: Metrics, settings: Settings) -> Observe
     return Observed(backend, metrics, log=RequestLog().write if is_logged else None)
 
 
-async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -> Stop:
+async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -> Front:
     from service.gateway.app import create_app
     from service.gateway.server import HttpServer
 
     server = HttpServer(create_app(backend, metrics, settings), settings, port=settings.http_port)
     port = await server.start()
     _log.info("HTTP on http://%s", address_text(settings.host, port))
-    return server.stop
+    return server
 
 
 async def _start_rpc(backend: Observed, settings: Settings) -> Stop:
@@ -69,12 +81,12 @@ async def _start_rpc(backend: Observed, settings: Settings) -> Stop:
     return server.stop
 
 
-async def _start_status(backend: Observed, metrics: Metrics, settings: Settings) -> Stop:
+async def _start_status(backend: Observed, metrics: Metrics, settings: Settings) -> Front:
     from service.status import StatusServer
 
     server = StatusServer(backend, metrics, host=settings.host, port=settings.metrics_port)
     _log.info("health and metrics on http://%s", address_text(settings.host, server.start()))
-    return server.stop
+    return server
 
 
 def _local_backend(settings: Settings, metrics: Metrics) -> "LocalBackend":
@@ -88,16 +100,16 @@ async def _serve(settings: Settings) -> None:
     metrics = make_metrics(settings)
     local = _local_backend(settings, metrics)
     backend = _observed(local, metrics, settings)
-    edges = [await _start_http(backend, metrics, settings), await _start_rpc(backend, settings)]
-    await _run(backend, edges, local.start)
+    front = await _start_http(backend, metrics, settings)
+    await _run(backend, front, await _start_rpc(backend, settings), local.start)
 
 
 async def _worker(settings: Settings) -> None:
     metrics = make_metrics(settings)
     local = _local_backend(settings, metrics)
     backend = _observed(local, metrics, settings)
-    edges = [await _start_status(backend, metrics, settings), await _start_rpc(backend, settings)]
-    await _run(backend, edges, local.start)
+    front = await _start_status(backend, metrics, settings)
+    await _run(backend, front, await _start_rpc(backend, settings), local.start)
 
 
 async def _gateway(settings: Settings) -> None:
@@ -105,10 +117,12 @@ async def _gateway(settings: Settings) -> None:
 
     metrics = make_metrics(settings)
     backend = _observed(RemoteBackend(settings.worker, settings), metrics, settings)
-    await _run(backend, [await _start_http(backend, metrics, settings)], None)
+    await _run(backend, await _start_http(backend, metrics, settings), None, None)
 
 
-async def _run(backend: Observed, edges: Sequence[Stop], load: Callable[[], Awaitable[None]] | None) -> None:
+async def _run(
+    backend: Observed, front: Front, stop_rpc: Stop | None, load: Callable[[], Awaitable[None]] | None
+) -> None:
     """Load, serve until a signal, then drain: the edges finish what they accepted before the backend closes."""
     stopped = asyncio.ensure_future(_signal())
     try:
@@ -124,8 +138,14 @@ async def _run(backend: Observed, edges: Sequence[Stop], load: Callable[[], Awai
         _log.info("draining")
     finally:
         stopped.cancel()
-        await asyncio.gather(*(stop() for stop in edges))
+        await _drain(front, stop_rpc)
         await backend.aclose()
+
+
+async def _drain(front: Front, stop_rpc: Stop | None) -> None:
+    """The front goes last: whoever probes for life would end a process that still answers what it accepted."""
+    await asyncio.gather(front.drain(), *([stop_rpc()] if stop_rpc is not None else []))
+    await front.stop()
 
 
 async def _signal() -> None:

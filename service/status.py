@@ -39,6 +39,7 @@ class StatusServer:
         self._backend = backend
         self._metrics = metrics
         self._address = (host, port)
+        self._is_draining = False
 
     def start(self) -> int:
         """Listen; called on the event loop that the backend belongs to. Raises ConfigError when that fails."""
@@ -47,6 +48,10 @@ class StatusServer:
             self._server = _Server(self._address, self._handler())
         threading.Thread(target=self._server.serve_forever, name="status", daemon=True).start()
         return self._server.server_port
+
+    async def drain(self) -> None:
+        """From now on not ready, and otherwise as before: alive, and with metrics for the last scrape."""
+        self._is_draining = True
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._server.shutdown)
@@ -63,15 +68,22 @@ class StatusServer:
         return HTTPStatus.NOT_FOUND, "text/plain", b"there are /healthz, /readyz and /metrics\n"
 
     def _readiness(self) -> _Reply:
-        """Ask the backend on its own loop."""
+        reason = "the server is draining" if self._is_draining else self._hindrance()
+        if reason is None:
+            return HTTPStatus.OK, "application/json", b'{"status":"ready"}'
+        body = json.dumps({"status": "unavailable", "reason": reason}).encode()
+        return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", body
+
+    def _hindrance(self) -> str | None:
+        """Why the backend cannot serve, asked on its own loop; None if it can."""
         asked = asyncio.run_coroutine_threadsafe(self._backend.models(), self._loop)
         try:
             asked.result(READY_TIMEOUT_S)
-        except (AttndError, TimeoutError) as error:
-            reason = error.message if isinstance(error, AttndError) else "the event loop does not answer"
-            body = json.dumps({"status": "unavailable", "reason": reason}).encode()
-            return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", body
-        return HTTPStatus.OK, "application/json", b'{"status":"ready"}'
+        except AttndError as error:
+            return error.message
+        except TimeoutError:
+            return "the event loop does not answer"
+        return None
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         reply_to = self._reply

@@ -61,6 +61,13 @@ async def _until_ready(process: asyncio.subprocess.Process, port: int) -> None:
             await asyncio.sleep(0.05)
 
 
+async def until_draining(client: httpx.AsyncClient) -> None:
+    """Return once /readyz says that the process cannot serve; fails when it does not answer."""
+    async with asyncio.timeout(EXIT_TIMEOUT_S):
+        while (await client.get("/readyz")).status_code != 503:  # noqa: ASYNC110 - a probe is all that there is
+            await asyncio.sleep(0.01)
+
+
 @contextlib.asynccontextmanager
 async def running(*arguments: str, ready_port: int) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process that answers on /readyz of `ready_port`; killed at the end if it still runs."""

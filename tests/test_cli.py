@@ -11,7 +11,7 @@ from dataclasses import fields
 import httpx
 import pytest
 from fakes import FakeBackend, until
-from processes import EXIT_TIMEOUT_S, attnd, free_ports, running, serving
+from processes import EXIT_TIMEOUT_S, attnd, free_ports, running, serving, until_draining
 
 from service.config import Settings
 from service.metrics import Metrics
@@ -128,7 +128,7 @@ async def test_a_signal_drains_the_accepted_request_is_answered(backend, number)
         accepted = asyncio.create_task(client.post("/v1/classify", json={"input": "held"}))
         await until(lambda: backend.num_waiting == 1)
         process.send_signal(number)
-        await draining(client)
+        await until_draining(client)
         late = await client.post("/v1/classify", json={"input": "late"})
         assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
         assert not accepted.done()
@@ -136,11 +136,6 @@ async def test_a_signal_drains_the_accepted_request_is_answered(backend, number)
         backend.release()
         assert (await accepted).status_code == 200
         assert await end_of(process) == 0
-
-
-async def draining(client: httpx.AsyncClient) -> None:
-    while (await client.get("/readyz")).status_code != 503:  # noqa: ASYNC110 - another process has no event for us
-        await asyncio.sleep(0.01)
 
 
 async def test_a_drain_has_an_end(backend):

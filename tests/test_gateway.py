@@ -244,6 +244,30 @@ async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(served: 
         await classify(served.port)
 
 
+async def test_what_has_drained_answers_until_it_is_stopped(served: wire.Served) -> None:
+    await served.server.drain()
+    refused = await classify(served.port)
+    assert (refused.status, refused.json["error"]["code"]) == (503, "draining")
+    assert (await ask(served.port, "GET", "/readyz")).status == 503
+    assert (await ask(served.port, "GET", "/healthz")).status == 200
+    assert (await ask(served.port, "GET", "/metrics")).status == 200
+    await served.server.stop()
+    with pytest.raises(OSError):  # noqa: PT011 (which one depends on the system)
+        await ask(served.port, "GET", "/healthz")
+
+
+async def test_stopping_after_a_drain_has_no_grace_of_its_own(backend: FakeBackend) -> None:
+    async with wire.serve(backend, drain_timeout=1.0) as served, wire.connect(served.port) as client:
+        backend.hold()
+        await client.send(wire.request("POST", "/v1/classify", wire.GOOD))
+        await until(lambda: backend.num_waiting == 1)
+        await served.server.drain()
+        assert backend.num_waiting == 1
+        async with asyncio.timeout(0.9):
+            await served.server.stop()
+        assert backend.num_cancelled == 1
+
+
 async def test_draining_ends_after_the_grace(backend: FakeBackend) -> None:
     async with wire.serve(backend, drain_timeout=0.05) as served:
         backend.hold()

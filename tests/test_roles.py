@@ -1,15 +1,23 @@
-"""The composition root, from inside; test_cli.py starts it as a process."""
+"""The roles from inside, over a backend without a model; test_cli.py starts them as processes."""
 
 import asyncio
 import gc
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import grpc
+import httpx
 import pytest
-from fakes import FakeBackend
+from fakes import MODEL, FakeBackend, until
+from processes import free_ports, needs_ipv6, until_draining
 
 from service import roles
+from service.address import address_text
 from service.config import Settings
 from service.observed import Observed
+from service.rpc.pb.attnd.v1 import inference_pb2 as pb
 
 
 @pytest.fixture
@@ -17,6 +25,118 @@ def thawed() -> Iterator[None]:
     """What a test leaves frozen is not, afterwards."""
     yield
     gc.unfreeze()
+
+
+class FakeLocal(FakeBackend):
+    """Is loaded at once. `signal` is what a signal sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded = asyncio.Event()
+        self.signal = asyncio.Event()
+
+    async def start(self) -> None:
+        self.loaded.set()
+
+
+@dataclass(frozen=True)
+class Process:
+    """A running role: its end, its backend, a client of its HTTP port and a gRPC channel."""
+
+    ended: "asyncio.Future[None]"
+    backend: FakeLocal
+    http: httpx.AsyncClient
+    channel: Any
+
+    def classify(self) -> Any:
+        method = self.channel.unary_unary("/attnd.v1.Inference/Classify", None, pb.ClassifyResponse.FromString)
+        return method(pb.ClassifyRequest(inputs=[pb.TextInput(text="a fine film")]).SerializeToString(), timeout=30)
+
+
+Run = Callable[..., AbstractAsyncContextManager[Process]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, thawed: None) -> Run:
+    """Runs a role on free ports of `host` until it has ended."""
+
+    @asynccontextmanager
+    async def run(role: Callable[[Settings], Coroutine[Any, Any, None]], host: str) -> AsyncIterator[Process]:
+        backend = FakeLocal()
+        monkeypatch.setattr(roles, "_local_backend", lambda settings, metrics: backend)
+        monkeypatch.setattr(roles, "_signal", backend.signal.wait)
+        http_port, grpc_port = free_ports(2)
+        settings = Settings(
+            host=host, http_port=http_port, metrics_port=http_port, grpc_port=grpc_port, drain_timeout=30
+        )
+        ended = asyncio.ensure_future(role(settings))
+        loaded = asyncio.ensure_future(backend.loaded.wait())
+        await asyncio.wait((ended, loaded), return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            ended.result()
+        async with (
+            httpx.AsyncClient(base_url=f"http://{address_text(host, http_port)}") as client,
+            grpc.aio.insecure_channel(address_text(host, grpc_port)) as channel,
+        ):
+            try:
+                yield Process(ended, backend, client, channel)
+            finally:
+                backend.release()
+                backend.signal.set()
+                await ended
+
+    return run
+
+
+@pytest.mark.parametrize("role", [roles._serve, roles._worker])
+async def test_probes_and_scrapers_are_answered_until_grpc_has_drained(run: Run, role: Any) -> None:
+    async with run(role, "127.0.0.1") as process:
+        process.backend.hold()
+        held = asyncio.ensure_future(process.classify())
+        await until(lambda: process.backend.num_waiting == 1)
+        assert (await process.http.get("/readyz")).status_code == 200
+        process.backend.signal.set()
+        await until_draining(process.http)
+        assert (await process.http.get("/healthz")).status_code == 200
+        scraped = (await process.http.get("/metrics")).text
+        assert 'attnd_requests_in_flight{route="/attnd.v1.Inference/Classify"} 1.0' in scraped
+        assert (await process.http.get("/readyz")).status_code == 503
+        assert not held.done()
+        process.backend.release()
+        assert (await held).model == MODEL.id
+        await process.ended
+        with pytest.raises(httpx.ConnectError):
+            await process.http.get("/healthz")
+
+
+async def test_new_work_is_refused_in_words_until_grpc_has_drained(run: Run) -> None:
+    async with run(roles._serve, "127.0.0.1") as process:
+        process.backend.hold()
+        held = asyncio.ensure_future(process.classify())
+        await until(lambda: process.backend.num_waiting == 1)
+        process.backend.signal.set()
+        await until_draining(process.http)
+        late = await process.http.post("/v1/classify", json={"input": "late"})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+        assert "retry-after" in late.headers
+        process.backend.release()
+        assert (await held).model == MODEL.id
+
+
+@needs_ipv6
+@pytest.mark.parametrize("role", [roles._serve, roles._worker])
+async def test_a_role_listens_on_ipv6(run: Run, role: Any) -> None:
+    async with run(role, "::1") as process:
+        assert (await process.http.get("/readyz")).status_code == 200
+        assert (await process.classify()).model == MODEL.id
+
+
+class NoFront:
+    """Nobody asks."""
+
+    async def drain(self) -> None: ...
+
+    async def stop(self) -> None: ...
 
 
 @pytest.mark.usefixtures("thawed")
@@ -30,6 +150,6 @@ async def test_what_is_loaded_is_not_looked_through_for_cycles_again(monkeypatch
 
     monkeypatch.setattr(roles, "_signal", loaded.wait)
     backend = Observed(FakeBackend(), roles.make_metrics(Settings()))
-    await roles._run(backend, [], load)
+    await roles._run(backend, NoFront(), None, load)
     young = {id(one) for one in gc.get_objects()}
     assert not any(id(one) in young for one in kept)

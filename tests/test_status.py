@@ -49,6 +49,15 @@ async def test_while_the_backend_cannot_serve_it_is_alive_and_not_ready(start: S
     assert (await get("/healthz")).status_code == 200
 
 
+async def test_while_it_drains_it_is_alive_and_not_ready(start: Start) -> None:
+    server, get = await start()
+    await server.drain()
+    reply = await get("/readyz")
+    assert (reply.status_code, reply.json()["reason"]) == (503, "the server is draining")
+    assert (await get("/healthz")).status_code == 200
+    assert (await get("/metrics")).status_code == 200
+
+
 async def test_metrics_are_told(start: Start) -> None:
     _, get = await start()
     reply = await get("/metrics")

@@ -41,16 +41,22 @@ class HttpServer:
         port: int = self._listener.sockets[0].getsockname()[1]
         return port
 
-    async def stop(self) -> None:
-        """Answer what was accepted within the grace, refusing what comes meanwhile; then close everything.
+    async def drain(self) -> None:
+        """Refuse what comes from now on; returns once what was accepted is answered, or the grace is over.
 
-        It keeps listening until then, so that probes read 503 and new requests get an answer that says to retry.
+        It keeps listening, so that probes read 503 and new requests get an answer that says to retry.
         """
-        self._gateway.door.close()
-        self._shared.is_draining = True
+        if not self._shared.is_draining:
+            self._gateway.door.close()
+            self._shared.is_draining = True
+            self._drained_by = asyncio.get_running_loop().time() + self._grace_s
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._grace_s):
+            async with asyncio.timeout_at(self._drained_by):
                 await self._quiet()
+
+    async def stop(self) -> None:
+        """Drain, unless that is done, and close everything."""
+        await self.drain()
         self._sweeper.cancel()
         self._listener.close()
         tasks = [connection.task for connection in self._shared.connections if connection.task is not None]
