@@ -376,6 +376,16 @@ async def test_a_watcher_sees_every_change(running: Running, backend: FakeBacken
     assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_health_of_nothing_is_an_invalid_argument(
+    running: Running, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    asked = running.channel.stream_stream(f"/grpc.health.v1.Health/{method}")(iter(()), timeout=10)
+    failure = await failure_of(asked.read())
+    assert (failure.code(), failure.details()) == (grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 async def test_reflection_describes_the_service(running: Running, version: str) -> None:
     method = running.channel.stream_stream(

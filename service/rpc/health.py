@@ -4,14 +4,14 @@ Readiness is the backend's `models()`; a draining server is NOT_SERVING before i
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2 as pb
 
 from service.errors import AttndError, InvalidRequest, NotFound
 from service.observed import Observed
-from service.rpc.methods import Context, Methods, Received, Streaming, Unary
+from service.rpc.methods import Context, Methods, Received, ServerStreaming, Unary
 
 SERVICE = "grpc.health.v1.Health"
 
@@ -34,7 +34,7 @@ class Health:
         return {
             f"/{SERVICE}/Check": Unary(self.check),
             f"/{SERVICE}/List": Unary(self.list),
-            f"/{SERVICE}/Watch": Streaming(self.watch),
+            f"/{SERVICE}/Watch": ServerStreaming(self.watch),
         }
 
     def drain(self) -> None:
@@ -52,9 +52,9 @@ class Health:
         response = pb.HealthCheckResponse(status=await self._status())
         return bytes(pb.HealthListResponse(statuses=dict.fromkeys(self._services, response)).SerializeToString())
 
-    async def watch(self, received: AsyncIterator[Received], context: Context) -> AsyncGenerator[bytes, None]:
+    async def watch(self, received: Received, context: Context) -> AsyncGenerator[bytes, None]:
         """The status now and after every change; SERVICE_UNKNOWN, and no end, for a service that is not here."""
-        service = _service(await anext(received))
+        service = _service(received)
         last = None
         while True:
             ends = self._draining.is_set()
