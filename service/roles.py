@@ -7,7 +7,7 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,11 +47,11 @@ def package_version() -> str:
         return "unknown"
 
 
-def make_metrics(settings: Settings) -> Metrics:
-    """The metrics of a process with these settings."""
+def make_metrics(settings: Settings, runtime: Mapping[str, str] | None = None) -> Metrics:
+    """The metrics of a process with these settings. `runtime` is what its models run on; a gateway has none."""
     return Metrics(
         settings.latency_buckets,
-        {"version": package_version()},
+        {"version": package_version(), **(runtime or {})},
         token_buckets=settings.token_buckets,
         vllm_names=settings.vllm_metrics,
     )
@@ -89,6 +89,12 @@ async def _start_status(backend: Observed, metrics: Metrics, settings: Settings)
     return server
 
 
+def _runtime() -> Mapping[str, str]:
+    from service.worker.session import runtime_facts
+
+    return runtime_facts()
+
+
 def _local_backend(settings: Settings, metrics: Metrics) -> "LocalBackend":
     from service.worker.load import load_models
     from service.worker.local import LocalBackend
@@ -97,7 +103,7 @@ def _local_backend(settings: Settings, metrics: Metrics) -> "LocalBackend":
 
 
 async def _serve(settings: Settings) -> None:
-    metrics = make_metrics(settings)
+    metrics = make_metrics(settings, _runtime())
     local = _local_backend(settings, metrics)
     backend = _observed(local, metrics, settings)
     front = await _start_http(backend, metrics, settings)
@@ -105,7 +111,7 @@ async def _serve(settings: Settings) -> None:
 
 
 async def _worker(settings: Settings) -> None:
-    metrics = make_metrics(settings)
+    metrics = make_metrics(settings, _runtime())
     local = _local_backend(settings, metrics)
     backend = _observed(local, metrics, settings)
     front = await _start_status(backend, metrics, settings)

@@ -88,6 +88,24 @@ def test_every_setting_it_names_exists():
     assert [name for name in names if not hasattr(Settings, name.removeprefix(PREFIX).lower())] == []
 
 
+def metric_names(readme: str) -> set[str]:
+    """The first column of the table of metrics, without labels; `a_{b,c}_d` is two names."""
+    (table,) = re.findall(r"^\| metric .*\n\| --- .*\n((?:\|.*\n)+)", readme, re.MULTILINE)
+    names = set()
+    for shown in re.findall(r"`([^`]+)`", "".join(row.split("|")[1] for row in table.splitlines())):
+        before, among, after = re.fullmatch(r"(\w*)(?:\{([\w,]+)\}(?=\w))?(\w*)(?:\{[\w,]+\})?", shown).groups()
+        names |= {f"attnd_{before}{one}{after}" for one in (among or "").split(",")}
+    return names
+
+
+def test_every_metric_is_in_the_table_and_no_other():
+    from service.metrics import Metrics
+
+    suffixes = {"counter": "_total", "info": "_info"}
+    families = [family for family in Metrics((1.0,), {}).registry.collect() if family.name.startswith("attnd_")]
+    assert metric_names(README) == {family.name + suffixes.get(family.type, "") for family in families}
+
+
 def test_marks_and_ports_are_found():
     text = "a\n<!-- run: http -->\n```sh\ncurl localhost:8000/x localhost:50051 127.0.0.1:8000 x:8000\n```\n"
     (block,) = marked(text)

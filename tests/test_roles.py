@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from service.address import address_text
 from service.config import Settings
 from service.observed import Observed
 from service.rpc.pb.attnd.v1 import inference_pb2 as pb
+from service.worker.session import runtime_facts
 
 
 @pytest.fixture
@@ -121,6 +123,14 @@ async def test_new_work_is_refused_in_words_until_grpc_has_drained(run: Run) -> 
         assert "retry-after" in late.headers
         process.backend.release()
         assert (await held).model == MODEL.id
+
+
+@pytest.mark.parametrize("role", [roles._serve, roles._worker])
+async def test_a_process_with_models_says_what_they_run_on(run: Run, role: Any) -> None:
+    async with run(role, "127.0.0.1") as process:
+        (line,) = re.findall(r"^attnd_build_info{.*$", (await process.http.get("/metrics")).text, re.MULTILINE)
+        facts = {"version": roles.package_version(), **runtime_facts()}
+        assert {f'{name}="{value}"' for name, value in facts.items()} <= set(re.findall(r'\w+="[^"]*"', line))
 
 
 @needs_ipv6
