@@ -26,15 +26,18 @@ def beam_search(
     num_beams: int,
     max_new: Sequence[int],  # for each source
     length_penalty: float = 1.0,
+    num_written: int | None = None,
 ) -> list[list[Hypothesis]]:
     """For each source its `num_beams` best finished hypotheses, the best first.
+
+    Written, and counted in probabilities, are the first `num_written` tokens of the vocabulary; None: all.
 
     A hypothesis of n tokens, the end included, has the score log p / n^length_penalty: 1 is the mean log-probability,
     0 the sum. Each step takes the 2K best continuations of a source's K beams; those that end among the first K are
     finished, and the K best of the others live on. A source is done when it has K finished hypotheses (Kasai et al.
     2022 call this first come, first served), or at its `max_new`, when the living beams count as finished.
     """
-    beams, limits = Beams(model, source, mask, num_beams), torch.tensor(max_new)
+    beams, limits = Beams(model, source, mask, num_beams, num_written), torch.tensor(max_new)
     finished: list[list[Hypothesis]] = [[] for _ in source]
     for length in range(1, max(max_new) + 1):
         is_open = [length <= limit and len(each) < num_beams for limit, each in zip(max_new, finished, strict=True)]
@@ -50,8 +53,10 @@ class Beams:
     """K living hypotheses for each of B sources: row b * K + k of every tensor is beam k of source b."""
 
     @torch.no_grad()
-    def __init__(self, model: EncoderDecoder, source: Tensor, mask: Tensor | None, num_beams: int) -> None:
-        self.model, self.num_beams, self.past = model, num_beams, None
+    def __init__(
+        self, model: EncoderDecoder, source: Tensor, mask: Tensor | None, num_beams: int, num_written: int | None
+    ) -> None:
+        self.model, self.num_beams, self.num_written, self.past = model, num_beams, num_written, None
         self.memory = model.encode(source, mask).repeat_interleave(num_beams, dim=0)
         self.mask = None if mask is None else mask.repeat_interleave(num_beams, dim=0)
         self.ids = torch.full((len(source) * num_beams, 1), START_ID)
@@ -62,7 +67,7 @@ class Beams:
     def step(self, is_last: Tensor) -> list[tuple[int, list[int], float]]:
         """One more token; returns (source, ids, log-probability) of what ended, and of the living where `is_last`."""
         logits, cache = self.model.decode(self.ids[:, -1:], self.memory, self.mask, past=self.past)
-        log_p = logits[:, -1].log_softmax(-1).view(*self.totals.shape, -1)  # (B, K, V)
+        log_p = logits[:, -1, : self.num_written].log_softmax(-1).view(*self.totals.shape, -1)  # (B, K, V)
         vocab_size = log_p.size(-1)
         totals, at = (self.totals[..., None] + log_p).flatten(1).topk(min(2, vocab_size) * self.num_beams)
         first = torch.arange(len(totals))[:, None] * self.num_beams

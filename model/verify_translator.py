@@ -1,4 +1,4 @@
-"""A translation bundle == its checkpoint: interface, weights, logits, greedy tokens, attention, batching, BLEU.
+"""A translation bundle == its checkpoint: interface, weights, logits, tokens, beams, attention, batching, BLEU.
 
     python -m model.verify_translator BUNDLE CHECKPOINT --data FOLDER
 
@@ -21,19 +21,22 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.data import pad
 from model.recipes.translation import DATA_HELP
 from model.recipes.translation_corpora import everyday_corpus
-from model.subwords import START_ID, load_subwords, subwords_of
+from model.search import beam_search
+from model.subwords import PAD_ID, START_ID, load_subwords, subwords_of
 from model.train import load_checkpoint
 from model.transformer import EncoderDecoder
 from model.translator_graph import interfaces
-from model.translator_quality import Ids, Logits, Sets, Written, quality, write
+from model.translator_quality import NUM_BEAMS, SEARCHES, Ids, Logits, Sets, Written, quality, search, write
 from model.translator_samples import Samples, random_ids, samples_for
 from model.translator_vocabulary import number_written_first
 from model.translator_weights import WEIGHTS_FILE, translator_pieces
 from model.verify import Check, Report, checked
 from model.verify_generation import agreement, correlation, difference, facts, interface, packed_again
 from service.worker.bundle import TOKENIZER, Bundle, load_bundle
+from service.worker.generation.likeliest import Likeliest
 from service.worker.generation.translator import TranslatorEngine
 from service.worker.session import Session
 
@@ -45,6 +48,7 @@ NUM_MAPS = 8  # sources whose attention is compared
 MAX_DIFFERENCE = 1e-4  # of float32 logits, and of attention weights
 MIN_CORRELATION = 0.99  # of int8 logits
 MIN_AGREEMENT = 0.9  # of int8's greedy tokens with the reference's choice after the same text
+MIN_SAME = 0.5  # of int8's best hypotheses with the reference's
 MAX_MOVED = 0.05  # of int8 attention: the share of a row that lies elsewhere, on average
 MAX_FROM_ONE = 1e-5  # of a row's sum
 MAX_BLEU_LOSS = 0.3
@@ -118,6 +122,7 @@ def verify_translator(
         checked("weights", weights, subject),
         checked("logits", logits, subject),
         checked("greedy tokens", greedy_tokens, subject),
+        checked("beams", beams, subject),
         checked("attention", attention, subject),
         checked("batched == alone", batched_alone, subject),
         checked("encoded together == alone", encoded_alone, subject),
@@ -152,6 +157,28 @@ def greedy_tokens(subject: Subject) -> tuple[bool, str]:
     pairs = zip(subject.written, subject.reference, strict=True)
     hits = [theirs.argmax(-1) == ours.ids for ours, theirs in pairs]
     return agreement(hits, 1.0 if subject.is_exact else MIN_AGREEMENT)
+
+
+def beams(subject: Subject) -> tuple[bool, str]:
+    """The search that serves against the reference's, among the same tokens: all hypotheses, in order, in float32.
+
+    In int8 another beam may win; how many do is told, and what that means for BLEU is judged by itself.
+    """
+    likeliest, limit = Likeliest(), min(NUM_NEW, subject.engine.max_tokens - 1)
+    options: dict[str, Any] = {"num_beams": NUM_BEAMS, "length_penalty": 1.0}
+    theirs = beam_search(
+        subject.model,
+        *pad(subject.sources, PAD_ID),
+        max_new=[limit] * len(subject.sources),
+        num_written=subject.num_written,
+        **options,
+    )
+    ours = [search(subject.engine, likeliest, source, limit, **options) for source in subject.sources]
+    pairs = list(zip(ours, theirs, strict=True))
+    num_best = sum(one[0].ids == other[0].ids for one, other in pairs)
+    num_all = sum([a.ids for a in one] == [b.ids for b in other] for one, other in pairs)
+    found = f"the best of {NUM_BEAMS} is the reference's for {num_best} of {len(pairs)} sources, all are for {num_all}"
+    return (num_all == len(pairs) if subject.is_exact else num_best >= MIN_SAME * len(pairs)), found
 
 
 def attention(subject: Subject) -> tuple[bool, str]:
@@ -236,9 +263,10 @@ def encoded_alone(subject: Subject) -> tuple[bool, str]:
 
 
 def judged(measured: Mapping[str, Any]) -> Check:
-    losses = {name: round(one["bleu_of_checkpoint"] - one["bleu"], 2) for name, one in measured.items()}
-    told = [f"{name}: {one['bleu']}, the checkpoint {one['bleu_of_checkpoint']}" for name, one in measured.items()]
-    return Check("BLEU", max(losses.values()) <= MAX_BLEU_LOSS, "; ".join(told))
+    scores = {f"{name}, {kind}": one[kind] for name, one in measured.items() for kind in SEARCHES}
+    loss = max(round(one["bleu_of_checkpoint"] - one["bleu"], 2) for one in scores.values())
+    told = [f"{name}: {one['bleu']}, the checkpoint {one['bleu_of_checkpoint']}" for name, one in scores.items()]
+    return Check("BLEU", loss <= MAX_BLEU_LOSS, "; ".join(told))
 
 
 def sources_of(config: ModelConfig, subwords: Tokenizer, sets: Sets) -> list[list[int]]:

@@ -96,15 +96,20 @@ def test_it_finds_what_the_reference_finds(seed: int) -> None:
     agree(run(search, translating(model, source)), expected[0])
 
 
-async def test_a_hundred_sources_through_the_engine_get_what_the_reference_finds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_written", [300, 200])
+async def test_a_hundred_sources_through_the_engine_get_what_the_reference_finds(
+    tmp_path: Path, num_written: int
+) -> None:
     """In one request, so that searches of all lengths share the rows."""
     draw = random.Random(0)
     sources = [[*draw.choices(range(3, 300), k=draw.randrange(1, 20)), END_ID] for _ in range(100)]
     model, options = seeded_translator(), {"num_beams": 4, "length_penalty": 0.8}
-    backend = await serving(make_translator(tiny_translation_bundle(tmp_path / "tiny", precision="float32")))
+    directory = tiny_translation_bundle(tmp_path / "tiny", precision="float32", num_written=num_written)
+    backend = await serving(make_translator(directory))
     found = await collect(backend, call(300), prompt=sources, max_tokens=12, **options)
     await backend.aclose()
-    expected = beam_search(model, *pad(sources, PAD_ID), max_new=[12] * len(sources), **options)
+    padded, limits = pad(sources, PAD_ID), [12] * len(sources)
+    expected = beam_search(model, *padded, max_new=limits, num_written=num_written, **options)
     assert [found.ids(at) for at in range(len(sources))] == [until_end(best.ids) for best, *_ in expected]
 
 

@@ -19,7 +19,7 @@ TRAINING = [Pair(source, target) for source in SENTENCES for target in SENTENCES
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, value in {"NUM_NEW": 8, "NUM_SLOTS": 2, **LIMITS}.items():
+    for name, value in {"NUM_NEW": 8, "NUM_SLOTS": 5, **LIMITS}.items():
         monkeypatch.setattr(verify_translator, name, value)
     monkeypatch.setattr(translator_samples, "NUM_SAMPLES", 128)
     subwords().save(str(tmp_path / "subwords.json"))

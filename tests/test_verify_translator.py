@@ -10,6 +10,7 @@ from model import verify_translator
 from model.pairs import Pair
 from model.translator_weights import WEIGHTS_FILE
 from model.verify import Report
+from service.worker.generation.beam_search import BeamSearch
 from tests.tiny import change_graph, change_manifest, sign
 from tests.tiny_translator import (
     CONFIG,
@@ -26,14 +27,16 @@ PAIRS = [Pair("A dog.", "Ein Hund."), Pair("Where is the garden?", "Wo ist der G
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"NUM_NEW": 12, "NUM_SLOTS": 4, **LIMITS}.items():
+    for name, value in {"NUM_NEW": 12, "NUM_SLOTS": 5, **LIMITS}.items():
         monkeypatch.setattr(verify_translator, name, value)
 
 
-def verified(directory: Path, sets: dict[str, list[Pair]] | None = None) -> Report:
+def verified(
+    directory: Path, sets: dict[str, list[Pair]] | None = None, *, num_written: int = CONFIG.vocab_size
+) -> Report:
     sources = [encoding.ids for encoding in subwords().encode_batch(list(SENTENCES[::2]))]
     return verify_translator.verify_translator(
-        directory, CONFIG, seeded_translator(), sources, SAMPLES, num_written=CONFIG.vocab_size, sets=sets or {}
+        directory, CONFIG, seeded_translator(), sources, SAMPLES, num_written=num_written, sets=sets or {}
     )
 
 
@@ -45,13 +48,23 @@ def test_a_faithful_bundle_passes_in_float32(tmp_path: Path) -> None:
     report = verified(tiny_translation_bundle(tmp_path / "bundle", precision="float32"), {"tiny": PAIRS})
     assert report.passed, report.text()
     assert report.quality["bleu"]["tiny"]["sentences"] == len(PAIRS)
-    assert report.quality["bleu"]["tiny"]["same"] == 1.0
+    assert [report.quality["bleu"]["tiny"][kind]["same"] for kind in ("greedy", "5 beams")] == [1.0, 1.0]
 
 
 def test_a_faithful_bundle_passes_in_int8(tmp_path: Path) -> None:
     report = verified(tiny_translation_bundle(tmp_path / "bundle"))
     assert report.passed, report.text()
     assert report.checks[-1].found == "skipped: no pairs were given"
+
+
+def test_beams_are_the_reference_s_among_the_tokens_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = CONFIG.vocab_size // 2
+    bundle = tiny_translation_bundle(tmp_path / "bundle", precision="float32", num_written=some)
+    assert failed(verified(bundle, num_written=some)) <= {"greedy tokens"}  # the reference writes others, too
+    monkeypatch.setattr(BeamSearch, "score", lambda search, beam: -beam.total)
+    assert "beams" in failed(verified(bundle, num_written=some))
 
 
 @pytest.fixture
@@ -129,7 +142,9 @@ def test_another_size_in_the_manifest_is_found(bundle: Path) -> None:
     assert failed(verified(bundle)) == {"facts"}
 
 
+@pytest.mark.parametrize("kind", ["greedy", "5 beams"])
 @pytest.mark.parametrize(("bleu", "passes"), [(39.7, True), (39.69, False)])
-def test_int8_may_lose_three_tenths_of_bleu_on_no_set(bleu: float, passes: bool) -> None:
-    scores = {"gain": {"bleu": 31.0, "bleu_of_checkpoint": 30.0}, "loss": {"bleu": bleu, "bleu_of_checkpoint": 40.0}}
+def test_int8_may_lose_three_tenths_of_bleu_on_no_set_and_in_no_search(kind: str, bleu: float, passes: bool) -> None:
+    gain, loss = {"bleu": 31.0, "bleu_of_checkpoint": 30.0}, {"bleu": bleu, "bleu_of_checkpoint": 40.0}
+    scores = {"gain": {"greedy": gain, "5 beams": gain}, "loss": {"greedy": gain, "5 beams": gain, kind: loss}}
     assert verify_translator.judged(scores).passed == passes
