@@ -280,6 +280,8 @@ def asking(**fields: typing.Any) -> pb.GenerateRequest:
         (asking(logit_bias={3: 101.0}), "logit_bias.3", "less than or equal to 100, got 101.0"),
         (asking(stop=["a"] * 17), "stop", "at most 16"),
         (asking(stop=[""]), "stop.0", "at least 1 character"),
+        (asking(num_beams=4, temperature=0.5), "temperature", "must be 0 with num_beams 4, got 0.5"),
+        (asking(min_tokens=10, max_tokens=4), "min_tokens", "must not be over max_tokens"),
     ],
 )
 def test_a_wrong_generation_names_field_and_value(message: pb.GenerateRequest, param: str | None, words: str) -> None:

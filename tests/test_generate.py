@@ -184,8 +184,10 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": [{"role": "user", "content": 4}]}, "messages.0.content"),
     ({}, None),
     ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, None),
-    ({"prompt": ["a", "b"], "n": 65}, None),
-    ({"prompt": "a", "min_tokens": 300}, None),
+    ({"prompt": ["a", "b"], "n": 65}, "n"),
+    ({"prompt": "a", "min_tokens": 300}, "min_tokens"),
+    ({"prompt": "a", "min_tokens": 10, "max_tokens": 4}, "min_tokens"),
+    ({"prompt": "a", "num_beams": 4, "temperature": 0.5}, "temperature"),
 ]
 
 

@@ -289,7 +289,7 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     (TEXTS, {"prompt": "a", "stream": "yes"}, "stream"),
     (TEXTS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
     (TEXTS, {"prompt": "a", "stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
-    (TEXTS, {"prompt": "a", "min_tokens": 17}, None),
+    (TEXTS, {"prompt": "a", "min_tokens": 17}, "min_tokens"),
     (TEXTS, {"prompt": "a", "messages": USER}, "messages"),
     (TEXTS, {"prompt": "a", "temprature": 1}, "temprature"),
     (CHATS, {}, "messages"),

@@ -127,9 +127,27 @@ def test_a_request_built_from_python_fails_in_the_same_words():
     assert invalid(caught.value).message == error_for(input=[]).message
 
 
-def test_fields_that_do_not_go_together_are_no_one_value():
+def test_fields_of_which_one_must_be_given_are_no_one_value():
     with pytest.raises(ValidationError) as caught:
-        GenerateRequest(prompt="a", min_tokens=3, max_tokens=2)
+        GenerateRequest()
     error = invalid(caught.value)
-    assert error.message == "the body: min_tokens (3) must not be over max_tokens (2)"
+    assert error.message == "the body: exactly one of prompt and messages must be given"
     assert error.param is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"min_tokens": 3, "max_tokens": 2}, "min_tokens", "min_tokens (3) must not be over max_tokens (2)"),
+        (
+            {"num_beams": 4, "temperature": 0.5},
+            "temperature",
+            "temperature must be 0 with num_beams 4, got 0.5: a search does not sample",
+        ),
+        ({"prompt": ["a", "b"], "n": 65}, "n", "prompts times n must be at most 128, got 130"),
+    ],
+)
+def test_of_fields_that_do_not_go_together_one_is_named(fields, param, message):
+    with pytest.raises(InvalidRequest) as caught:
+        GenerateRequest(**{"prompt": "a"} | fields)
+    assert (caught.value.param, caught.value.message) == (param, message)

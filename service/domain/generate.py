@@ -117,11 +117,14 @@ class GenerateRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("exactly one of prompt and messages must be given")
         if self.num_outputs > MAX_OUTPUTS:
-            raise ValueError(f"prompts times n must be at most {MAX_OUTPUTS}, got {self.num_outputs}")
+            message = f"prompts times n must be at most {MAX_OUTPUTS}, got {self.num_outputs}"
+            raise InvalidRequest(message, param="n")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens ({self.min_tokens}) must not be over max_tokens ({self.max_tokens})")
+            message = f"min_tokens ({self.min_tokens}) must not be over max_tokens ({self.max_tokens})"
+            raise InvalidRequest(message, param="min_tokens")
         if self.num_beams > 1 and self.temperature:
-            raise ValueError("num_beams goes with temperature 0 only")
+            message = f"temperature must be 0 with num_beams {self.num_beams}, got {self.temperature}"
+            raise InvalidRequest(f"{message}: a search does not sample", param="temperature")
 
     @property
     def num_outputs(self) -> int:
