@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from service.domain import GenerateRequest
+from service.gateway.names import FIELD_ERRORS, SAME, Names, told_as
 from service.validation import invalid
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -48,12 +49,14 @@ def read(model: type[Body], body: bytes) -> Body:
         raise invalid(error) from None
 
 
-def generate_request(values: dict[str, Any]) -> GenerateRequest:
-    """Raises InvalidRequest when fields that are right by themselves do not go together."""
+def generate_request(values: dict[str, Any], names: Names = SAME) -> GenerateRequest:
+    """Raises InvalidRequest when fields that are right by themselves do not go together, under the caller's `names`."""
     try:
         return GenerateRequest(**values)
     except ValidationError as error:
-        raise invalid(error) from None
+        raise told_as(names, invalid(error)) from None
+    except FIELD_ERRORS as error:
+        raise told_as(names, error) from None
 
 
 def given(body: BaseModel, names: Collection[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from service.errors import AttndError, InvalidRequest
 from service.gateway.door import Door
 from service.gateway.exchange import Receive, Scope, Send
 from service.gateway.middleware import HEADERS, REQUEST_ID
+from service.gateway.names import FIELD_ERRORS, Names, told_as
 from service.observed import Observed
 
 MAX_TIMEOUT_MS = 86_400_000
@@ -51,17 +52,21 @@ class Entrance:
 
 @dataclass(frozen=True)
 class ClassifyEndpoint:
-    """`route` labels the metrics."""
+    """`route` labels the metrics. `parse` tells the caller's names, too."""
 
     route: str
     entrance: Entrance
-    parse: Parse[ClassifyRequest]
+    parse: Parse[tuple[ClassifyRequest, Names]]
     render: Render
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises an AttndError, which the middleware answers."""
-        request, call = await self.entrance.admit(self.route, self.parse, scope, receive)
-        await send_json(send, self.render(await self.entrance.backend.classify(request, call)))
+        (request, names), call = await self.entrance.admit(self.route, self.parse, scope, receive)
+        try:
+            result = await self.entrance.backend.classify(request, call)
+        except FIELD_ERRORS as error:
+            raise told_as(names, error) from None
+        await send_json(send, self.render(result))
 
 
 async def send_json(send: Send, body: bytes) -> None:

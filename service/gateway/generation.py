@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from service.domain import (
+    Call,
     End,
     Event,
     Finish,
@@ -25,6 +26,7 @@ from service.gateway import sse
 from service.gateway.endpoint import Entrance, Parse, send_json
 from service.gateway.errors import body_of, failure_of_any, in_dialect
 from service.gateway.exchange import Receive, Scope, Send
+from service.gateway.names import FIELD_ERRORS, Names, told_as
 
 PING_SECONDS = 15.0
 
@@ -68,11 +70,12 @@ class Answer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request, whether its reply is a stream, and its Answer, given the request's id."""
+    """A request, whether its reply is a stream, its Answer, given the request's id, and the caller's names."""
 
     request: GenerateRequest
     is_stream: bool
     answer: Callable[[str], Answer]
+    names: Names = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,12 @@ class GenerateEndpoint:
         A client that leaves cancels this, and so closes the backend's generator.
         """
         asked, call = await self.entrance.admit(self.route, self.parse, scope, receive)
+        try:
+            await self._answer(asked, call, scope["path"], send)
+        except FIELD_ERRORS as error:  # in a stream, too, they come before its first event
+            raise told_as(asked.names, error) from None
+
+    async def _answer(self, asked: Asked, call: Call, path: str, send: Send) -> None:
         answer = asked.answer(call.request_id)
         if not asked.is_stream:
             # Nothing is left to close: this reads to the end, and whatever cuts it short is raised by the generator.
@@ -97,7 +106,7 @@ class GenerateEndpoint:
             await send_json(send, answer.whole(await collect(events, asked.request.num_outputs)))
             return
         async with aclosing(self.entrance.backend.generate(asked.request, call)) as events:
-            await _stream(events, answer, scope["path"], call.request_id, send, self.ping_seconds)
+            await _stream(events, answer, path, call.request_id, send, self.ping_seconds)
 
 
 async def _stream(

@@ -27,6 +27,7 @@ from service.errors import NotFound
 from service.gateway import sse
 from service.gateway.bodies import body_model, generate_request, read
 from service.gateway.generation import Asked, Output, Transcript
+from service.gateway.names import SAME, Names
 from service.validation import invalid
 
 _CLASSIFY = TypeAdapter(ClassifyRequest)
@@ -76,10 +77,10 @@ class Generation:
     timing: GenerateTiming
 
 
-def parse(body: bytes, _path: Mapping[str, Any]) -> ClassifyRequest:
+def parse(body: bytes, _path: Mapping[str, Any]) -> tuple[ClassifyRequest, Names]:
     """Raises InvalidRequest."""
     try:
-        return _CLASSIFY.validate_json(body)
+        return _CLASSIFY.validate_json(body), SAME
     except ValidationError as error:
         raise invalid(error) from None
 

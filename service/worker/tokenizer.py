@@ -94,5 +94,6 @@ class Tokenizer:
 
     def _too_long(self, index: int, item: TextInput) -> TooLarge:
         length = len(self._whole.encode(item.text, item.text_pair).ids)
-        message = f"input {index} has {length} tokens, the limit is {self.max_tokens}; set truncate to true to cut it"
-        return TooLarge(message, param=f"input.{index}", code="too_many_tokens")
+        param = f"input.{index}"
+        message = f"{param} has {length} tokens, the limit is {self.max_tokens}; set truncate to true to cut it"
+        return TooLarge(message, param=param, code="too_many_tokens")

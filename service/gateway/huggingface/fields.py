@@ -1,6 +1,12 @@
-"""What translation and text generation take alike, under the names that transformers' `generate` has for it."""
+"""What translation and text generation take alike, under the names that transformers' `generate` has for it.
 
+And what callers of every task call the fields of a request, which is what errors must call them.
+"""
+
+from collections.abc import Collection
 from typing import Any, get_type_hints
+
+from pydantic import ValidatorFunctionWrapHandler
 
 from service.domain import GenerateRequest
 from service.errors import Unsupported
@@ -33,6 +39,22 @@ def common_values(sent: Any) -> dict[str, Any]:
     else:
         values = {name: value for name, value in values.items() if name not in SAMPLING} | {"temperature": 0.0}
     return values if sent.max_new_tokens is None else values | {"max_tokens": sent.max_new_tokens}
+
+
+def told_if_list(value: Any, read: ValidatorFunctionWrapHandler) -> tuple[Any, bool]:
+    """For a WrapValidator of `inputs`: what `read` makes of them, and whether it was a list that was sent."""
+    return read(value), isinstance(value, list)
+
+
+def names_of_inputs(field: str, *, is_list: bool) -> dict[str, str]:
+    """Of a request's `field` with the inputs, which counts them, as a caller does who sends a list only."""
+    return {field: "inputs"} if is_list else {field: "inputs", f"{field}.0": "inputs"}
+
+
+def names_under(path: str, same: Collection[str], **renamed: str) -> dict[str, str]:
+    """Of the fields that are sent under `path`: `same` by their own names, the others as `renamed`, sent=meant."""
+    sent = {meant: name for name, meant in renamed.items()} | {name: name for name in same}
+    return {meant: f"{path}.{name}" for meant, name in sent.items()}
 
 
 def refuse(sent: Any, harmless: dict[str, tuple[Any, ...]]) -> None:

@@ -16,7 +16,7 @@ from service.domain import MAX_LOGPROBS, End, Event, Finish, FinishReason, Gener
 from service.gateway import sse
 from service.gateway.bodies import body_model, generate_request, given, read
 from service.gateway.generation import Asked, Transcript
-from service.gateway.huggingface.fields import COMMON, TAKEN, common_values, refuse
+from service.gateway.huggingface.fields import COMMON, TAKEN, common_values, names_of_inputs, names_under, refuse
 
 _OWN = ("frequency_penalty", "stop")
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -27,6 +27,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
     "watermark": (False,),
 }
+_RENAMED = {"max_new_tokens": "max_tokens", "top_n_tokens": "logprobs", "decoder_input_details": "echo"}
+_NAMES = names_under("parameters", (*TAKEN, *_OWN), **_RENAMED) | names_of_inputs("prompt", is_list=False)
 
 TextGenerationParameters = body_model(
     "TextGenerationParameters",
@@ -109,9 +111,9 @@ def parse(body: bytes, model: str) -> Asked:
     if is_stream or has_details:
         values["logprobs"] = parameters.top_n_tokens or 0
     values["echo"] = has_details and not is_stream and bool(parameters.decoder_input_details)
-    request = generate_request(values)
+    request = generate_request(values, _NAMES)
     shown = sent.inputs if parameters.return_full_text else ""
-    return Asked(request, is_stream, partial(TextGenerationAnswer, request, shown, has_details))
+    return Asked(request, is_stream, partial(TextGenerationAnswer, request, shown, has_details), _NAMES)
 
 
 class TextGenerationAnswer:

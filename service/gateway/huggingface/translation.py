@@ -5,13 +5,23 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import orjson
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WrapValidator
 
 from service.domain import Event
 from service.errors import InvalidRequest
 from service.gateway.bodies import body_model, generate_request, given, read
 from service.gateway.generation import Asked, Transcript
-from service.gateway.huggingface.fields import COMMON, SAMPLING, TAKEN, common_values, refuse, renamed
+from service.gateway.huggingface.fields import (
+    COMMON,
+    SAMPLING,
+    TAKEN,
+    common_values,
+    names_of_inputs,
+    names_under,
+    refuse,
+    renamed,
+    told_if_list,
+)
 
 # What callers call the languages, without a script or a country ("eng_Latn", "de-AT"); it is English to German here.
 _LANGUAGES: Mapping[str, frozenset[str]] = {
@@ -20,6 +30,25 @@ _LANGUAGES: Mapping[str, frozenset[str]] = {
 }
 _SEARCH = ("num_beams", "length_penalty")
 _REFUSED: dict[str, tuple[Any, ...]] = {"truncation": ("do_not_truncate",)}  # a text is never cut
+_RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+_NAMES = names_under("parameters.generate_parameters", (*TAKEN, *_SEARCH), **_RENAMED)
+_NAMES |= {"prompts": "inputs", "a request with n 1": "a request"}
+
+
+def _texts(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list):
+        return tuple(value)
+    raise ValueError("expected a text or a list of texts")
+
+
+Texts = Annotated[
+    tuple[str, ...],
+    Field(min_length=1, fail_fast=True),
+    BeforeValidator(_texts, json_schema_input_type=str | Annotated[list[str], Field(min_length=1)]),
+    WrapValidator(told_if_list),
+]
 
 GenerateParameters = body_model(
     "GenerateParameters",
@@ -45,7 +74,7 @@ TranslationBody = body_model(
     "A text or several; `options` are taken and mean nothing here.",
     (),
     nullable=True,
-    inputs=(str | Annotated[list[str], Field(min_length=1)], ...),
+    inputs=(Texts, ...),
     parameters=(TranslationParameters | None, None),
     options=(dict[str, Any] | None, None),
 )
@@ -69,8 +98,10 @@ def parse(body: bytes, model: str) -> Asked:
     _check_search(asked, values["temperature"])
     if asked.min_new_tokens is not None:
         values["min_tokens"] = asked.min_new_tokens
-    prompt = sent.inputs if isinstance(sent.inputs, str) else tuple(sent.inputs)
-    return Asked(generate_request(values | {"prompt": prompt, "model": model}), False, lambda _: TranslationAnswer())
+    texts, is_list = sent.inputs
+    names = _NAMES | names_of_inputs("prompt", is_list=is_list)
+    request = generate_request(values | {"prompt": texts, "model": model}, names)
+    return Asked(request, False, lambda _: TranslationAnswer(), names)
 
 
 def _check_language(param: str, language: str | None) -> None:

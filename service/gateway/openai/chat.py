@@ -54,6 +54,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
     "moderation": (), "prediction": (), "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
+_NAMES = {"tokens of prompt": "tokens of messages"}
 
 ChatBody = body_model(
     "ChatBody",
@@ -127,8 +128,9 @@ def parse(body: bytes, _path: Mapping[str, Any]) -> Asked:
         "max_tokens": sent.max_completion_tokens or sent.max_tokens,  # None: as many as there is room for
         "logprobs": (sent.top_logprobs or 0) if sent.logprobs else None,
     }
-    request = generate_request(values | own)
-    return Asked(request, bool(sent.stream), partial(ChatAnswer, request, sent.stream_options))
+    names = _NAMES | ({"max_tokens": "max_completion_tokens"} if sent.max_completion_tokens else {})
+    request = generate_request(values | own, names)
+    return Asked(request, bool(sent.stream), partial(ChatAnswer, request, sent.stream_options), names)
 
 
 def _message(sent: ChatMessage, where: str) -> Message:
