@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 import pytest
 import wire
+from processes import ROOT
 from reached import Running, serving
 from wire import Reply
 
@@ -16,6 +17,7 @@ tiny_translator = pytest.importorskip("tiny_translator")
 HUGGINGFACE, CHATS = "/models/tiny-translation", "/v1/chat/completions"
 LONG = f"A dog. {'X' * 80}. Hi."  # its second sentence has 83 tokens
 AT = "parameters.generate_parameters"
+SPECIAL = ("<pad>", "<s>", "</s>")  # tokens that are not shown
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,85 @@ async def test_a_chat_is_not_called_a_prompt(running: Running, stream: bool) -> 
     reply = await post(running, CHATS, model="tiny-chat", messages=messages, min_tokens=5000, stream=stream)
     assert (reply.status, reply.json["error"]["param"]) == (413, "min_tokens")
     assert " tokens of messages leave room for " in reply.json["error"]["message"]
+
+
+SENTENCES = ("A dog runs through the snow.", "Where is the station?", "Two children are playing!")
+TEXT = f"\t{SENTENCES[0]}\n{SENTENCES[1]}\n\n\n\n{SENTENCES[2]}\n"
+COMPLETIONS = "/v1/completions"
+
+
+async def complete(running: Running, **fields: Any) -> list[dict[str, Any]]:
+    """The choices of a completion."""
+    reply = await post(running, COMPLETIONS, **{"model": "tiny-translation", "max_tokens": 20} | fields)
+    assert reply.status == 200, reply.body
+    choices: list[dict[str, Any]] = reply.json["choices"]
+    return choices
+
+
+async def streamed(running: Running, **fields: Any) -> list[dict[str, Any]]:
+    """The same, put together from the chunks of a stream."""
+    fields = {"model": "tiny-translation", "max_tokens": 20, "stream": True} | fields
+    *chunks, done, rest = (await post(running, COMPLETIONS, **fields)).body.split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        (piece,) = orjson.loads(chunk.removeprefix(b"data: "))["choices"]
+        choice = choices.setdefault(piece["index"], {"index": piece["index"], "text": "", "logprobs": None})
+        choice["text"] += piece["text"]
+        choice["finish_reason"] = piece["finish_reason"]
+        for name, values in (piece["logprobs"] or {}).items():
+            choice["logprobs"] = choice["logprobs"] or {}
+            choice["logprobs"].setdefault(name, []).extend(values)
+    return [choices[index] for index in sorted(choices)]
+
+
+async def test_a_completion_is_the_translation(running: Running) -> None:
+    native = await post(running, "/v1/generate", model="tiny-translation", prompt=TEXT, max_tokens=20, logprobs=1)
+    (output,) = native.json["outputs"]
+    (choice,) = await complete(running, prompt=TEXT, logprobs=1)
+    assert (choice["text"], choice["finish_reason"]) == (output["text"], output["finish_reason"])
+    assert choice["logprobs"]["tokens"] == [one["text"] for one in output["logprobs"]]
+    assert choice["logprobs"]["token_logprobs"] == [one["logprob"] for one in output["logprobs"]]
+    (plain,) = await complete(running, prompt=TEXT)
+    assert plain == choice | {"logprobs": None}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"logprobs": 2},
+        {"logprobs": 0, "ignore_eos": True},
+        {"logprobs": 0, "stop": ["\ufffdZ", "8Z"]},
+        {"logprobs": 0, "temperature": 1.0, "seed": 4, "n": 2, "prompt": [TEXT, SENTENCES[1]]},
+        {"temperature": 1.0, "seed": 4, "n": 2, "prompt": [TEXT, SENTENCES[1]]},
+    ],
+)
+async def test_a_streamed_completion_says_the_same(running: Running, fields: dict[str, Any]) -> None:
+    asked = {"prompt": TEXT} | fields
+    assert await streamed(running, **asked) == await complete(running, **asked)
+
+
+async def test_every_sentences_tokens_stand_where_it_does(running: Running) -> None:
+    (choice,) = await complete(running, prompt=TEXT, logprobs=0)
+    starts, text, at = [], choice["text"], 0
+    for sentence in SENTENCES:
+        (alone,) = await complete(running, prompt=sentence, logprobs=0)
+        at = text.index(alone["text"], at)
+        starts += [at + offset for offset in alone["logprobs"]["text_offset"]]
+        assert alone["logprobs"]["text_offset"][0] == 0
+        at += len(alone["text"])
+    assert choice["logprobs"]["text_offset"] == starts
+    for token, start in zip(choice["logprobs"]["tokens"], starts, strict=True):
+        if token not in SPECIAL and "\ufffd" not in token:
+            assert text[start:].startswith((token, token.lstrip()))
+
+
+async def test_the_shipped_translators_tokens_stand_where_they_do() -> None:
+    asked = {"model": "translation", "prompt": "A dog.\n\n\n\nA cat sleeps.", "logprobs": 0}
+    async with serving(ROOT / "model" / "zoo" / "translation", threads=1) as running:
+        (choice,) = await complete(running, **asked)
+        assert await streamed(running, **asked) == [choice]
+    assert choice["text"] == "Ein Hund.\n\n\n\nEine Katze schläft."
+    assert choice["logprobs"]["tokens"] == [" Ein", " Hund", ".", " Eine", " Katze", " schläft", "."]
+    assert choice["logprobs"]["text_offset"] == [0, 3, 8, 13, 17, 23, 31]

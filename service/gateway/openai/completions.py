@@ -25,6 +25,7 @@ from service.gateway.bodies import body_model, generate_request, read
 from service.gateway.generation import Asked, Output, Transcript
 from service.gateway.openai.chunks import Chunks, UsageObject, now, usage_object
 from service.gateway.openai.fields import COMMON, TAKEN, StreamOptions, anything, common_values
+from service.gateway.openai.offsets import Offsets, prompt_offsets
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -103,7 +104,8 @@ class CompletionAnswer:
         self._is_echo_computed = request.echo
         self._id = f"cmpl-{request_id}"
         self._chunks = Chunks(self._id, "text_completion", options)
-        self._offsets = [0] * request.num_outputs  # characters that were sent
+        self._is_held = bool(request.stop)  # text that may begin a stop string
+        self._offsets = [self._offsets_after("") for _ in range(request.num_outputs)]
 
     def whole(self, transcript: Transcript) -> bytes:
         echoed = transcript.prompts if self._is_echo_computed else [()] * len(self._prompts)
@@ -116,8 +118,14 @@ class CompletionAnswer:
         text = self._prompt_text(index // self._n, echoed) if self._echo else ""
         logprobs = None
         if self._has_logprobs:
-            logprobs = _logprobs([*echoed, *output.logprobs], 0, num_first=min(len(echoed), 1))
+            place = self._offsets_after(text).place
+            told = zip(output.logprobs, output.pieces, strict=False)  # the last piece is the end's, and no token's
+            offsets = prompt_offsets(echoed) + [place(token, shown) for token, shown in told]
+            logprobs = _logprobs([*echoed, *output.logprobs], offsets, num_first=min(len(echoed), 1))
         return CompletionChoice(index, text + output.text, logprobs, output.finish_reason)
+
+    def _offsets_after(self, text: str) -> Offsets:
+        return Offsets(len(text), is_held=self._is_held)
 
     def _prompt_text(self, prompt: int, echoed: Sequence[TokenLogprob]) -> str:
         given = self._prompts[prompt]
@@ -142,7 +150,9 @@ class CompletionAnswer:
         """The hot path. A token that nothing can be shown of yet makes no chunk, unless it has a log-probability."""
         self._chunks.count_token()
         if event.logprob is not None:
-            return self._text_with_logprobs(event.index, event.text, (event.logprob,))
+            offset = self._offsets[event.index].place(event.logprob, event.text)
+            logprobs = _logprobs((event.logprob,), (offset,), num_first=0)
+            return self._chunks.choice(event.index, _content(event.text), orjson.dumps(logprobs))
         return self._chunks.choice(event.index, _content(event.text)) if event.text else b""
 
     def _echoed(self, prompt: int, tokens: Sequence[TokenLogprob]) -> bytes:
@@ -150,29 +160,23 @@ class CompletionAnswer:
         text, indices = self._prompt_text(prompt, tokens), range(prompt * self._n, (prompt + 1) * self._n)
         if not self._has_logprobs:
             return b"".join(self._chunks.choice(index, _content(text)) for index in indices)
-        return b"".join(self._text_with_logprobs(index, text, tokens, num_first=1) for index in indices)
-
-    def _text_with_logprobs(
-        self, index: int, text: str, tokens: Sequence[TokenLogprob], *, num_first: int = 0
-    ) -> bytes:
-        logprobs = _logprobs(tokens, self._offsets[index], num_first=num_first)
-        self._offsets[index] += sum(len(token.text) for token in tokens)
-        return self._chunks.choice(index, _content(text), orjson.dumps(logprobs))
+        logprobs = orjson.dumps(_logprobs(tokens, prompt_offsets(tokens), num_first=1))
+        for index in indices:
+            self._offsets[index] = self._offsets_after(text)
+        return b"".join(self._chunks.choice(index, _content(text), logprobs) for index in indices)
 
 
 def _content(text: str) -> bytes:
     return b'"text":%b' % orjson.dumps(text)
 
 
-def _logprobs(tokens: Iterable[TokenLogprob], offset: int, *, num_first: int) -> CompletionLogprobs:
+def _logprobs(tokens: Sequence[TokenLogprob], offsets: Iterable[int], *, num_first: int) -> CompletionLogprobs:
     """`num_first` is 1 if the first of `tokens` is its prompt's first, and 0 if not."""
-    found = CompletionLogprobs([], [], [], [])
+    found = CompletionLogprobs([], [], [], list(offsets))
     for at, token in enumerate(tokens):
         found.tokens.append(token.text)
         found.token_logprobs.append(None if at < num_first else token.logprob)
         found.top_logprobs.append(None if at < num_first else _top(token))
-        found.text_offset.append(offset)
-        offset += len(token.text)
     return found
 
 
