@@ -179,3 +179,32 @@ async def test_the_shipped_translators_tokens_stand_where_they_do() -> None:
     assert choice["text"] == "Ein Hund.\n\n\n\nEine Katze schläft."
     assert choice["logprobs"]["tokens"] == [" Ein", " Hund", ".", " Eine", " Katze", " schläft", "."]
     assert choice["logprobs"]["text_offset"] == [0, 3, 8, 13, 17, 23, 31]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 0}, {"prompt": [5, 6, 2]}])
+async def test_a_source_is_never_put_before_its_translation(
+    running: Running, fields: dict[str, Any], stream: bool
+) -> None:
+    asked = {"model": "tiny-translation", "prompt": SENTENCES[0], "echo": True} | fields
+    native = await post(running, "/v1/generate", **asked)
+    assert (native.status, native.json["error"]["code"]) == (501, "no_echo")
+    reply = await post(running, COMPLETIONS, stream=stream, **asked)
+    assert (reply.status, reply.json["error"]) == (400, native.json["error"] | {"type": "invalid_request_error"})
+    labels = {"route": COMPLETIONS, "model": "tiny-translation", "outcome": "invalid"}
+    assert running.count("attnd_request_seconds_count", **labels) == 1
+
+
+async def test_a_text_that_is_continued_is_put_before_what_follows(running: Running) -> None:
+    (plain,) = await complete(running, model="tiny-chat", prompt="a b")
+    (choice,) = await complete(running, model="tiny-chat", prompt="a b", echo=True)
+    assert choice["text"] == "a b" + plain["text"]
+    assert await streamed(running, model="tiny-chat", prompt="a b", echo=True) == [choice]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_translator_does_not_chat(running: Running, stream: bool) -> None:
+    messages = [{"role": "user", "content": "Hi."}]
+    reply = await post(running, CHATS, model="tiny-translation", messages=messages, stream=stream)
+    assert (reply.status, reply.json["error"]["param"], reply.json["error"]["code"]) == (400, "model", "wrong_task")
+    assert "is for translation, not generation; models for generation: tiny-chat" in reply.json["error"]["message"]

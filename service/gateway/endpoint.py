@@ -6,12 +6,12 @@ servers do: nothing else is understood here, and `curl -d` just works.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from service.domain import Call, Classification, ClassifyRequest
-from service.errors import AttndError, InvalidRequest
+from service.domain import Call, Classification, ClassifyRequest, ModelInfo, choose_model
+from service.errors import AttndError, InvalidRequest, NotFound, Unsupported
 from service.gateway.door import Door
 from service.gateway.exchange import Receive, Scope, Send
 from service.gateway.middleware import HEADERS, REQUEST_ID
@@ -48,6 +48,16 @@ class Entrance:
         except AttndError as error:
             self.backend.rejected(call, error)
             raise
+
+    async def model_for(self, tasks: Sequence[str], wanted: str | None) -> ModelInfo:
+        """Of those last told, so that a worker that is slow to tell holds up nothing; else of those that are now.
+
+        Raises what `models` and `choose_model` do.
+        """
+        try:
+            return choose_model(self.backend.known_models, tasks, wanted)
+        except (NotFound, Unsupported):
+            return choose_model(await self.backend.models(), tasks, wanted)
 
 
 @dataclass(frozen=True)

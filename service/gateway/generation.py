@@ -21,7 +21,9 @@ from service.domain import (
     Start,
     Token,
     TokenLogprob,
+    generation_tasks,
 )
+from service.errors import AttndError
 from service.gateway import sse
 from service.gateway.endpoint import Entrance, Parse, send_json
 from service.gateway.errors import body_of, failure_of_any, in_dialect
@@ -70,12 +72,16 @@ class Answer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request, whether its reply is a stream, its Answer, given the request's id, and the caller's names."""
+    """A request, whether its reply is a stream, its Answer, given the request's id, and the caller's names.
+
+    `says_prompt`: the Answer says the prompt's text by itself, before what the model says.
+    """
 
     request: GenerateRequest
     is_stream: bool
     answer: Callable[[str], Answer]
     names: Names = field(default_factory=dict)
+    says_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,25 @@ class GenerateEndpoint:
 
     async def _answer(self, asked: Asked, call: Call, path: str, send: Send) -> None:
         answer = asked.answer(call.request_id)
+        request = await self._to_refuse(asked.request) if asked.says_prompt else asked.request
         if not asked.is_stream:
             # Nothing is left to close: this reads to the end, and whatever cuts it short is raised by the generator.
-            events = self.entrance.backend.generate(asked.request, replace(call, wants_tokens=False))
-            await send_json(send, answer.whole(await collect(events, asked.request.num_outputs)))
+            events = self.entrance.backend.generate(request, replace(call, wants_tokens=False))
+            await send_json(send, answer.whole(await collect(events, request.num_outputs)))
             return
-        async with aclosing(self.entrance.backend.generate(asked.request, call)) as events:
+        async with aclosing(self.entrance.backend.generate(request, call)) as events:
             await _stream(events, answer, path, call.request_id, send, self.ping_seconds)
+
+    async def _to_refuse(self, request: GenerateRequest) -> GenerateRequest:
+        """`request`, with `echo` if its model translates: what it says does not go on from its prompt, so it refuses.
+
+        Where no model is found, what comes of asking for it tells why, and is counted.
+        """
+        try:
+            model = await self.entrance.model_for(generation_tasks(request), request.model)
+        except AttndError:
+            return request
+        return replace(request, echo=True) if model.task == "translation" else request
 
 
 async def _stream(

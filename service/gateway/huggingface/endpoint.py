@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from service.domain import ModelInfo, choose_model
+from service.domain import ModelInfo
 from service.errors import AttndError
 from service.gateway.endpoint import ClassifyEndpoint, Entrance
 from service.gateway.exchange import Receive, Scope, Send
@@ -46,31 +46,19 @@ class PipelineEndpoint:
             await endpoint(scope, receive, send)
 
     async def _model(self, scope: Scope) -> ModelInfo:
-        """Of those last told, so that a worker that is slow to tell holds up nothing; else of those that are now.
-
-        Raises what the door does, for only who may come in may ask, what `models` does, and NotFound.
-        """
+        """Raises what the door does, for only who may come in may ask, and what `model_for` does."""
         self.entrance.door.check_open()
         self.entrance.door.check_key(scope[HEADERS])
-        backend, wanted = self.entrance.backend, scope.get("path_params", {}).get("model_id")
-        return find(backend.known_models, wanted) or choose_model(await backend.models(), tuple(PIPELINES), wanted)
+        return await self.entrance.model_for(tuple(PIPELINES), scope.get("path_params", {}).get("model_id"))
 
 
 def _refuse(error: AttndError, *_: object) -> NoReturn:
     raise error
 
 
-def find(models: Sequence[ModelInfo], wanted: str | None) -> ModelInfo | None:
-    """The model called `wanted`; when none is named, the first for the first of PIPELINES that there is one for."""
-    if wanted is not None:
-        return next((model for model in models if model.id == wanted), None)
-    able = [model for task in PIPELINES for model in models if model.task == task]
-    return able[0] if able else None
-
-
 def endpoint_info(models: Sequence[ModelInfo], version: str, max_inputs: int) -> dict[str, Any]:
     """What `InferenceClient.get_endpoint_info` asks for, under the names that text-embeddings-inference uses."""
-    model = find(models, None)
+    model = next((model for task in PIPELINES for model in models if model.task == task), None)
     return {
         "model_id": None if model is None else model.id,
         "model_pipeline_tag": None if model is None else PIPELINES[model.task],

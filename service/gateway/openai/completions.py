@@ -90,7 +90,8 @@ def parse(body: bytes, _path: Mapping[str, Any]) -> Asked:
         "echo": bool(sent.echo) and (has_ids or sent.logprobs is not None),
     }
     request = generate_request(values | own)
-    return Asked(request, bool(sent.stream), partial(CompletionAnswer, request, bool(sent.echo), sent.stream_options))
+    answer = partial(CompletionAnswer, request, bool(sent.echo), sent.stream_options)
+    return Asked(request, bool(sent.stream), answer, says_prompt=bool(sent.echo) and not request.echo)
 
 
 class CompletionAnswer:
