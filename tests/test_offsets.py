@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from service.domain import Event, Finish, Token, TokenLogprob
+from service.domain import Event, Finish, GenerateRequest, Token, TokenLogprob
 from service.gateway.openai.offsets import Offsets, prompt_offsets
 from service.worker.generation.detokenizer import StopStrings
-from service.worker.generation.translation import Rejoined, Text
+from service.worker.generation.rejoined import Rejoined, Text
 
 
 def logprob(token: bytes) -> TokenLogprob:
@@ -91,7 +91,8 @@ def test_tokens_of_a_translation_stand_where_they_do_in_the_whole_text(seed: int
     sentences = [sentence.strip() for sentence in sentences]
     stops = rng.choice([[], ["abZ", "é日Z", "aaaZ"]])  # some begin, none is there
     texts = [Text(("",) * 3, ("\n", "\n\t", "\n\n", ""))]
-    rejoined, offsets = Rejoined(texts, 1), Offsets(0, is_held=bool(stops))
+    request = GenerateRequest(prompt=("",), stop=tuple(stops))
+    rejoined, offsets = Rejoined(texts, request), Offsets(0, is_held=bool(stops))
     found, truth, whole = [], [], ""
     for index, sentence in enumerate(sentences):
         start = sum(map(len, sentences[:index])) + sum(map(len, texts[0].spaces[: index + 1]))

@@ -32,7 +32,7 @@ _SEARCH = ("num_beams", "length_penalty")
 _REFUSED: dict[str, tuple[Any, ...]] = {"truncation": ("do_not_truncate",)}  # a text is never cut
 _RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 _NAMES = names_under("parameters.generate_parameters", (*TAKEN, *_SEARCH), **_RENAMED)
-_NAMES |= {"prompts": "inputs", "a request with n 1": "a request"}
+_NAMES |= {"prompts": "inputs"}
 
 
 def _texts(value: Any) -> Any:

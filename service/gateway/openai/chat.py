@@ -24,6 +24,7 @@ from service.domain import (
 from service.errors import InvalidRequest, Unsupported
 from service.gateway.bodies import body_model, generate_request, read
 from service.gateway.generation import Asked, Output, Transcript
+from service.gateway.names import SAME, Names
 from service.gateway.openai.chunks import Chunks, UsageObject, now, usage_object
 from service.gateway.openai.fields import COMMON, TAKEN, StreamOptions, anything, common_values
 
@@ -54,7 +55,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
     "moderation": (), "prediction": (), "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
-_NAMES = {"tokens of prompt": "tokens of messages"}
 
 ChatBody = body_model(
     "ChatBody",
@@ -128,7 +128,7 @@ def parse(body: bytes, _path: Mapping[str, Any]) -> Asked:
         "max_tokens": sent.max_completion_tokens or sent.max_tokens,  # None: as many as there is room for
         "logprobs": (sent.top_logprobs or 0) if sent.logprobs else None,
     }
-    names = _NAMES | ({"max_tokens": "max_completion_tokens"} if sent.max_completion_tokens else {})
+    names: Names = {"max_tokens": "max_completion_tokens"} if sent.max_completion_tokens else SAME
     request = generate_request(values | own, names)
     return Asked(request, bool(sent.stream), partial(ChatAnswer, request, sent.stream_options), names)
 

@@ -60,8 +60,9 @@ class PromptReader:
         """How many tokens may be written behind `prompt`: what is asked for, cut to what fits. Raises TooLarge."""
         room = min(self._max_tokens, self.max_length - len(prompt.ids))
         if request.min_tokens > room:
+            read = "prompt" if request.messages is None else "messages"
             message = (
-                f"min_tokens is {request.min_tokens}, the {len(prompt.ids)} tokens of prompt leave room for {room}"
+                f"min_tokens is {request.min_tokens}, the {len(prompt.ids)} tokens of {read} leave room for {room}"
             )
             raise TooLarge(message, param="min_tokens", code="context_length_exceeded")
         return room if request.max_tokens is None else min(room, request.max_tokens)

@@ -78,7 +78,8 @@ def texts_of(request: GenerateRequest) -> list[Text]:
             raise InvalidRequest(f"{param} has nothing to translate", param=param)
         left -= len(text.sources)
         if left < 0:
-            message = f"{param} brings more than {most} sentences, the limit of a request with n {request.n}"
+            times = f" with n {request.n}" if request.n > 1 else ""
+            message = f"{param} brings more than {most} sentences, the limit of a request{times}"
             raise TooLarge(message, param=param, code="too_many_sentences")
         texts.append(text)
     return texts
