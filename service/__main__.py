@@ -7,17 +7,14 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from service.cli.flags import HELP as ASK_HELP
 from service.cli.flags import add_ask_flags
 from service.config import Settings, add_flags, load_settings
-from service.domain import Call
-from service.errors import AttndError, ConfigError, InvalidRequest
+from service.errors import CALLERS_FAULT, AttndError
 from service.logs import configure_logging
 from service.roles import ROLES, package_version
 
@@ -117,9 +114,8 @@ async def _answer(asked: "Plan", url: str | None, model: str | None, settings: S
         from service.cli.local import open_local
 
         backend = await open_local(settings, model, asked.tasks)
-    call = Call(uuid4().hex, "command line", time.monotonic() + settings.request_timeout)
     async with aclosing(backend):
-        await asked.run(backend, call)
+        await asked.run(backend, settings.request_timeout)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except (AttndError, OSError) as error:
         print(f"attnd: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ConfigError, InvalidRequest)) else 1
+        return 2 if isinstance(error, CALLERS_FAULT) else 1
     return 0
 
 

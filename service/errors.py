@@ -94,3 +94,14 @@ class BundleError(AttndError):
 
 class ConfigError(AttndError):
     code = "config_error"
+
+
+# What fails again until it is asked or set otherwise; the rest may pass, or is not the caller's to mend.
+CALLERS_FAULT: tuple[type[AttndError], ...] = (
+    InvalidRequest,
+    TooLarge,
+    NotFound,
+    Unauthenticated,
+    Unsupported,
+    ConfigError,
+)

@@ -33,11 +33,11 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("ATTND_")} | dict(extra or {})
 
 
-def attnd(*arguments: str, extra: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+def attnd(*arguments: str, extra: Mapping[str, str] | None = None, given: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; `given` is its standard input."""
     command = [sys.executable, "-m", "service", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment(extra), capture_output=True, text=True, timeout=EXIT_TIMEOUT_S
+        command, cwd=ROOT, env=environment(extra), input=given, capture_output=True, text=True, timeout=EXIT_TIMEOUT_S
     )
 
 

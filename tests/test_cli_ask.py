@@ -5,7 +5,7 @@ import io
 import json
 import signal
 import sys
-import time
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -16,14 +16,23 @@ from processes import EXIT_TIMEOUT_S, ROOT, attnd, environment
 from service.__main__ import _parser
 from service.cli.client import Answers, HttpClient
 from service.cli.commands import CHUNK, plan
-from service.domain import Call, ModelInfo
-from service.errors import AttndError, ConfigError, InvalidRequest, NotFound, Unavailable
+from service.domain import ModelInfo
+from service.errors import (
+    CALLERS_FAULT,
+    AttndError,
+    ConfigError,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
 
 TRANSLATOR = ModelInfo(id="translator", task="translation", created=1_700_000_002, facts={})
-
-
-def call() -> Call:
-    return Call("id", "command line", time.monotonic() + 60)
 
 
 def client_of(served: wire.Served, **about: Any) -> HttpClient:
@@ -32,7 +41,8 @@ def client_of(served: wire.Served, **about: Any) -> HttpClient:
 
 async def ask(backend: Answers, *arguments: str) -> None:
     options = vars(_parser().parse_args(arguments))
-    await plan(options.pop("command"), options).run(backend, call())
+    async with aclosing(backend):
+        await plan(options.pop("command"), options).run(backend, 60.0)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +64,8 @@ async def test_a_server_answers_as_its_backend_would(backend, served, capsys, ar
     local = capsys.readouterr().out
     await ask(client_of(served), *arguments)
     assert capsys.readouterr().out == local != ""
-    asked = backend.requests or backend.generations
-    assert asked[0] == asked[1]
+    asked = sorted(map(str, backend.requests or backend.generations))  # several come in whatever order
+    assert asked[::2] == asked[1::2] != []
 
 
 async def test_classify_prints_the_best_label_of_each_text(backend, capsys):
@@ -70,15 +80,55 @@ async def test_without_a_text_each_line_of_standard_input_is_one(backend, capsys
     await ask(backend, "classify", *given)
     assert [len(request.input) for request in backend.requests] == [CHUNK, 2]
     assert [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()] == lines
+    first, second = backend.calls
+    assert first.deadline < second.deadline  # each request has its time, not all of them together
 
 
-async def test_translations_come_in_order_and_empty_lines_stay(backend, capsys, monkeypatch):
+@pytest.mark.parametrize("is_remote", [False, True])
+async def test_a_server_that_takes_fewer_texts_at_once_gets_fewer(backend, served, capsys, monkeypatch, is_remote):
+    backend.max_inputs = 20
+    lines = [f"text {at}" for at in range(CHUNK + 2)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    await ask(client_of(served) if is_remote else backend, "classify")
+    assert [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()] == lines
+    assert [len(request.input) for request in backend.requests] == [64, 32, 16, 16, 32, 16, 16, 2]
+
+
+async def test_a_text_that_is_too_large_by_itself_is_named(backend, capsys, monkeypatch):
+    classify = backend.classify
+
+    async def picky(request, call):
+        if any(one.text == "large" for one in request.input):
+            raise TooLarge("too many bytes")
+        return await classify(request, call)
+
+    monkeypatch.setattr(backend, "classify", picky)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\nlarge\nc\n"))
+    with pytest.raises(TooLarge, match="line 3: too many bytes"):
+        await ask(backend, "classify")
+    assert [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("errors", "named"), [("surrogateescape", "line 2 is not UTF-8"), ("strict", "standard input is not UTF-8")]
+)
+@pytest.mark.parametrize("command", ["classify", "translate"])
+def test_lines_that_are_no_utf_8_are_refused(monkeypatch, command, errors, named):
+    """The first is how Python reads where the locale is C, as in containers."""
+    given = io.TextIOWrapper(io.BytesIO(b"fine\nf\xfcr\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", given)
+    with pytest.raises(InvalidRequest, match=named):
+        plan(command, vars(_parser().parse_args([command])))
+
+
+async def test_translations_come_in_order_and_lines_without_a_letter_stay(backend, capsys, monkeypatch):
     backend.served = [CHAT, TRANSLATOR]
-    lines = ["one two", "", *(f"line {at}" for at in range(CHUNK))]
+    lines = ["one two", "", "* * *", *(f"line {at}" for at in range(CHUNK))]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     await ask(backend, "translate", "--seed=3")
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == lines
     assert {(one.model, one.seed, one.max_tokens) for one in backend.generations} == {("translator", 3, None)}
+    assert len(backend.generations) == len(lines) - 2
 
 
 async def test_a_chat_is_asked_for_with_messages(backend):
@@ -105,8 +155,9 @@ async def test_the_key_is_sent(backend, capsys):
 
 
 async def test_what_a_server_says_is_wrong_is_said(backend, served):
-    with pytest.raises(InvalidRequest, match="other"):
-        await client_of(served)._json("POST", "/v1/classify", {"input": "a", "other": 1})
+    async with aclosing(client_of(served)) as client:
+        with pytest.raises(InvalidRequest, match="other"):
+            await client._json("POST", "/v1/classify", {"input": "a", "other": 1})
     backend.error = InvalidRequest("layer 9 is not there")
     with pytest.raises(InvalidRequest, match="layer 9 is not there"):
         await ask(client_of(served), "attention", "a", "--layer=9")
@@ -141,7 +192,7 @@ def test_what_is_no_url_is_refused(url):
         (("attention", "a", "--layer=x"), 2, "--layer"),
         (("attention", "a", "--layer=last,1"), 2, "--layer"),
         (("classify", "a", "--model=no-such-model"), 2, "no-such-model"),
-        (("translate", "a", "--model=sentiment"), 1, "no model for translation"),
+        (("translate", "a", "--model=sentiment"), 2, "no model for translation"),
         (("classify", "a", "--url=http://127.0.0.1:1"), 1, "http://127.0.0.1:1 cannot be reached"),
         (("classify", "a", "--url=nowhere"), 2, "--url='nowhere'"),
     ],
@@ -152,6 +203,30 @@ def test_what_goes_wrong_is_one_line_and_a_status(arguments, status, named):
     assert named in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error_class", "status"),
+    [
+        *((one, 2) for one in (InvalidRequest, TooLarge, NotFound, Unauthenticated, Unsupported)),
+        *((one, 1) for one in (Overloaded, DeadlineExceeded, Unavailable, EngineFailed)),
+    ],
+)
+async def test_the_exit_status_says_whose_fault_it_is(backend, served, error_class, status):
+    backend.served, backend.error = [CHAT], error_class("why not")
+    process = await process_of(served, "generate", "a")
+    async with asyncio.timeout(EXIT_TIMEOUT_S):
+        output, errors = await process.communicate()
+    assert (process.returncode, output, errors) == (status, b"", b"attnd: why not\n")
+    assert issubclass(error_class, CALLERS_FAULT) == (status == 2)
+
+
+async def test_a_model_that_a_server_does_not_have_is_a_wrong_request(served):
+    for arguments in (("classify", "a"), ("generate", "a"), ("translate", "a"), ("attention", "a")):
+        process = await process_of(served, *arguments, "--model=other")
+        async with asyncio.timeout(EXIT_TIMEOUT_S):
+            _, errors = await process.communicate()
+        assert (process.returncode, b"no model 'other'" in errors) == (2, True)
 
 
 def test_a_model_of_this_process_answers():

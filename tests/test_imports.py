@@ -184,6 +184,7 @@ RULES = [
     rule("service.cli.maps", "service.domain"),
     rule("service.cli.heatmap", "service.cli.maps", "matplotlib"),
     rule("service.cli.client", "service.domain service.errors", "httptools pydantic"),
+    rule("service.cli.lines", "service.domain service.errors"),
     rule("service.cli.commands", "service.cli.* service.domain service.errors service.validation", "pydantic"),
     rule("service.cli.local", "service.config service.errors service.metrics service.worker.*"),
     rule("service.roles", "service.*"),

@@ -1,4 +1,7 @@
-"""A server's native API over HTTP, in the shape of a Backend. A connection a request; the gateway's HTTP parser."""
+"""A server's native API over HTTP, in the shape of a Backend.
+
+A connection is kept for the next request. The gateway's HTTP parser.
+"""
 
 import asyncio
 import base64
@@ -27,12 +30,35 @@ from service.domain import (
     ModelInfo,
     Token,
 )
-from service.errors import AttndError, ConfigError, InvalidRequest, Unavailable
+from service.errors import (
+    AttndError,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
 
 T = TypeVar("T")
+_Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 _CLASSIFICATION = TypeAdapter(Classification)
 _MAPS = TypeAdapter(AttentionMaps)
+_OUTPUTS = TypeAdapter(tuple[Finish, ...])
+# What a status says of whose fault it is; any other is an AttndError, and 429 comes with more than a message.
+_ERRORS: dict[int, type[AttndError]] = {
+    401: Unauthenticated,
+    404: NotFound,
+    413: TooLarge,
+    422: InvalidRequest,
+    501: Unsupported,
+    503: Unavailable,
+    504: DeadlineExceeded,
+}
 _CONNECT_SECONDS = 10.0
 _PORTS = {"http": 80, "https": 443}
 _READ_BYTES = 65_536
@@ -64,6 +90,7 @@ class HttpClient:
         self._prefix = parts.path.rstrip("/")
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         key = f"authorization: Bearer {api_key}\r\n" if api_key else ""
+        self._idle: list[_Connection] = []
         self._headers = f"host: {parts.netloc.rpartition('@')[2]}\r\ncontent-type: application/json\r\n{key}"
 
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
@@ -76,6 +103,12 @@ class HttpClient:
         return self._known(_MAPS, {"target_tokens": None} | told | {"maps": maps})
 
     async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
+        """A stream of tokens if the call wants them, which costs both sides more than whole texts."""
+        if not call.wants_tokens:
+            told = await self._json("POST", "/v1/generate", _given(request), call)
+            for output in self._known(_OUTPUTS, told.get("outputs")):
+                yield output
+            return
         async with self._asking("POST", "/v1/generate", _given(request) | {"stream": True}, call) as reply:
             async for line in reply.lines():
                 if line == b"data: [DONE]":
@@ -94,7 +127,8 @@ class HttpClient:
         return [ModelInfo(facts["id"], facts.get("task", ""), facts.get("created", 0), facts) for facts in listed]
 
     async def aclose(self) -> None:
-        """No connection outlives its request."""
+        while self._idle:
+            self._idle.pop()[1].close()
 
     def _known(self, shape: TypeAdapter[T], told: Any) -> T:
         try:
@@ -114,30 +148,44 @@ class HttpClient:
     async def _asking(
         self, method: str, path: str, body: dict[str, Any] | None, call: Call | None
     ) -> AsyncIterator["_Reply"]:
-        """The reply, once its status is known to be good. Leaving closes the connection, which abandons the work."""
-        try:
-            async with asyncio.timeout(_CONNECT_SECONDS):
-                reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
-        except (OSError, TimeoutError) as error:
-            raise Unavailable(f"{self._url} cannot be reached: {error or 'no answer'}") from None
+        """The reply, once its status is known to be good. Leaving it before its end closes the connection, which
+        abandons the work; else the next request has it.
+        """
+        reader, writer = connection = await self._connection()
+        reply = _Reply(reader)
         try:
             writer.write(self._message(method, path, body, call))
-            reply = _Reply(reader)
             await reply.begin()
             if reply.status != 200:
-                raise _error_of(reply.status, await reply.whole())
+                raise _error_of(reply, await reply.whole())
             yield reply
         except (OSError, EOFError, httptools.HttpParserError) as error:
             raise Unavailable(f"{self._url} broke off its reply: {error}") from None
         finally:
+            if reply.leaves_open:
+                self._idle.append(connection)
+            else:
+                writer.close()
+
+    async def _connection(self) -> _Connection:
+        """One that has answered and that the server has not closed since, or a new one."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
             writer.close()
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                return await asyncio.open_connection(self._host, self._port, ssl=self._tls)
+        except (OSError, TimeoutError) as error:
+            raise Unavailable(f"{self._url} cannot be reached: {error or 'no answer'}") from None
 
     def _message(self, method: str, path: str, body: dict[str, Any] | None, call: Call | None) -> bytes:
         data = b"" if body is None else orjson.dumps(body)
         head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._headers}content-length: {len(data)}\r\n"
         if call is not None:
             head += f"x-request-timeout-ms: {max(1, int((call.deadline - time.monotonic()) * 1000))}\r\n"
-        return f"{head}connection: close\r\n\r\n".encode() + data
+        return f"{head}\r\n".encode() + data
 
 
 class _Reply:
@@ -148,6 +196,11 @@ class _Reply:
         self._parser = httptools.HttpResponseParser(self)
         self._pieces: deque[bytes] = deque()
         self._has_begun = self._is_whole = False
+        self.leaves_open = False  # whether it is whole and another may follow it
+        self._headers: dict[bytes, bytes] = {}
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         self._has_begun = True
@@ -157,10 +210,19 @@ class _Reply:
 
     def on_message_complete(self) -> None:
         self._is_whole = True
+        self.leaves_open = self._parser.should_keep_alive()
 
     @property
     def status(self) -> int:
         return self._parser.get_status_code()
+
+    @property
+    def retry_after_s(self) -> float:
+        """The seconds after which to come back; attnd says them in thousandths, too. 1 where there is no number."""
+        for name, seconds in ((b"retry-after-ms", 0.001), (b"retry-after", 1.0)):
+            if (value := self._headers.get(name, b"")).isdigit():
+                return int(value) * seconds
+        return 1.0
 
     async def begin(self) -> None:
         """Wait for the status."""
@@ -201,10 +263,12 @@ def _event(told: dict[str, Any]) -> Token | Finish:
     return Token(told["index"], told["token"]["id"], told["text"])
 
 
-def _error_of(status: int, body: bytes) -> AttndError:
+def _error_of(reply: _Reply, body: bytes) -> AttndError:
     """What the server says is wrong, or its status when it says nothing that attnd would."""
     try:
         message = orjson.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        message = f"the server answers with status {status}"
-    return InvalidRequest(message) if status == 422 else AttndError(message)
+        message = f"the server answers with status {reply.status}"
+    if reply.status == 429:
+        return Overloaded(message, retry_after_s=reply.retry_after_s)
+    return _ERRORS.get(reply.status, AttndError)(message)

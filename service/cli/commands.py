@@ -3,22 +3,28 @@
 Planning reads the input and checks the request, so that what is wrong with it is said before a model is opened.
 """
 
+import re
 import sys
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import orjson
 from pydantic import ValidationError
 
 from service.cli.client import Answers
+from service.cli.lines import Line, about, in_order, patiently
 from service.cli.maps import Picture, picture_of, table_of
 from service.domain import (
     AttentionRequest,
     Call,
+    Classification,
     ClassifyRequest,
     Finish,
     GenerateRequest,
@@ -29,11 +35,13 @@ from service.domain import (
     choose_model,
     generation_tasks,
 )
-from service.errors import ConfigError
+from service.errors import AttndError, ConfigError, InvalidRequest, TooLarge
 from service.validation import invalid
 
-CHUNK = 64  # texts in one request; more wait for their turn
+CHUNK = 64  # texts to label in one request; more wait for their turn
+PLACES = 64  # outputs and beams to translate that are under way at once; a server's queue has 256 for all its callers
 _STDIN = "-"
+_SENTENCE_ENDS = re.compile(r"[.!?]\s|\n")
 
 Options = Mapping[str, Any]
 Request = TypeVar("Request", ClassifyRequest, GenerateRequest, AttentionRequest)
@@ -41,10 +49,10 @@ Request = TypeVar("Request", ClassifyRequest, GenerateRequest, AttentionRequest)
 
 @dataclass(frozen=True)
 class Plan:
-    """`tasks` of models that can do it, the likeliest first; `run` asks one and prints."""
+    """`tasks` of models that can do it, the likeliest first; `run` asks one, so many seconds a request, and prints."""
 
     tasks: tuple[str, ...]
-    run: Callable[[Answers, Call], Awaitable[None]]
+    run: Callable[[Answers, float], Awaitable[None]]
 
 
 def plan(command: str, options: Options) -> Plan:
@@ -54,22 +62,41 @@ def plan(command: str, options: Options) -> Plan:
 
 
 def _classify(options: Options) -> Plan:
+    """A server may take fewer texts at once than it is sent: then it is asked about either half of them."""
+    lines = _lines(options)
     requests = [
-        _request(ClassifyRequest, options, input=[TextInput(text) for text in chunk])
-        for chunk in _chunks(_texts(options))
+        _request(ClassifyRequest, options, input=[TextInput(line.text) for line in chunk]) for chunk in _chunks(lines)
     ]
 
-    async def run(backend: Answers, call: Call) -> None:
-        for request in requests:
-            result = await backend.classify(request, call)
-            if options["json"]:
-                _print(orjson.dumps(result).decode())
+    async def run(backend: Answers, timeout_s: float) -> None:
+        waiting, num_told = deque(requests), 0
+        while waiting:
+            request = waiting.popleft()
+            try:
+                result = await patiently(partial(backend.classify, request), _call(timeout_s))
+            except TooLarge as error:
+                if len(request.input) == 1:
+                    raise about(lines[num_told], error) from None
+                waiting.extendleft(reversed(_halves(request)))
                 continue
-            for text, scores in zip(request.input, result.results, strict=True):
-                best = "  ".join(f"{one.label} {one.score:.4f}" for one in scores[: request.top_k or 1])
-                _print(f"{best}  {text.text}")
+            num_told += len(request.input)
+            _print_labels(request, result, as_json=options["json"])
 
     return Plan(("classification",), run)
+
+
+def _halves(request: ClassifyRequest) -> tuple[ClassifyRequest, ClassifyRequest]:
+    middle = len(request.input) // 2
+    return replace(request, input=request.input[:middle]), replace(request, input=request.input[middle:])
+
+
+def _print_labels(request: ClassifyRequest, result: Classification, *, as_json: bool) -> None:
+    if as_json:
+        _print(orjson.dumps(result).decode())
+        return
+    for text, scores in zip(request.input, result.results, strict=True):
+        best = "  ".join(f"{one.label} {one.score:.4f}" for one in scores[: request.top_k or 1])
+        _print(f"{best}  {text.text}")
 
 
 def _generate(options: Options) -> Plan:
@@ -80,8 +107,8 @@ def _generate(options: Options) -> Plan:
     else:
         request = _request(GenerateRequest, options, prompt=text)
 
-    async def run(backend: Answers, call: Call) -> None:
-        async with aclosing(backend.generate(request, call)) as events:
+    async def run(backend: Answers, timeout_s: float) -> None:
+        async with aclosing(backend.generate(request, _call(timeout_s))) as events:
             async for event in events:
                 if isinstance(event, (Token, Finish)):
                     _print(event.text, end="")
@@ -91,31 +118,45 @@ def _generate(options: Options) -> Plan:
 
 
 def _translate(options: Options) -> Plan:
-    """A line without words has no tokens to translate, and stays as it is."""
-    texts, tasks = _texts(options), ("translation",)
-    with_words = [text for text in texts if text.strip()]
+    """A line without a letter has nothing to translate, and stays as it is."""
+    lines, tasks = _lines(options), ("translation",)
     options = {"max_tokens": None, **options}  # as many as a translation takes
-    requests = [_request(GenerateRequest, options, prompt=chunk) for chunk in _chunks(with_words)]
+    request = _request(GenerateRequest, options, prompt="")  # in whose place each line is put
 
-    async def run(backend: Answers, call: Call) -> None:
-        model = choose_model(await backend.models(), tasks, options.get("model")).id
-        translations = (
-            text for request in requests for text in await _whole(backend, replace(request, model=model), call)
-        )
-        for text in texts:
-            _print(await anext(translations) if text.strip() else text)
+    async def run(backend: Answers, timeout_s: float) -> None:
+        model = choose_model(await backend.models(), tasks, request.model).id
+
+        async def translation(line: Line) -> str:
+            ask = partial(_whole, backend, replace(request, prompt=(line.text,), model=model))
+            try:
+                return await patiently(ask, replace(_call(timeout_s), wants_tokens=False))
+            except AttndError as error:
+                raise about(line, error) from None
+
+        def num_places(line: Line) -> int:
+            return request.num_beams * _num_sentences(line.text)
+
+        with_words = [line for line in lines if _has_letter(line.text)]
+        async with aclosing(in_order(with_words, translation, size=num_places, most=PLACES)) as translations:
+            for line in lines:
+                _print(await anext(translations) if _has_letter(line.text) else line.text)
 
     return Plan(tasks, run)
 
 
-async def _whole(backend: Answers, request: GenerateRequest, call: Call) -> list[str]:
-    """All outputs of `request`."""
-    outputs = [""] * request.num_outputs
+def _has_letter(text: str) -> bool:
+    return any(map(str.isalpha, text))
+
+
+def _num_sentences(text: str) -> int:
+    """About as many as `text` has; a server looks more closely."""
+    return 1 + len(_SENTENCE_ENDS.findall(text))
+
+
+async def _whole(backend: Answers, request: GenerateRequest, call: Call) -> str:
+    """The only output of `request`."""
     async with aclosing(backend.generate(request, call)) as events:
-        async for event in events:
-            if isinstance(event, (Token, Finish)):
-                outputs[event.index] += event.text
-    return outputs
+        return "".join([event.text async for event in events if isinstance(event, (Token, Finish))])
 
 
 def _attention(options: Options) -> Plan:
@@ -123,8 +164,8 @@ def _attention(options: Options) -> Plan:
     request = _request(AttentionRequest, options, text=_text(options), reduce=reduce)
     save = _to_file(Path(options["png"])) if options["png"] is not None else None
 
-    async def run(backend: Answers, call: Call) -> None:
-        picture = picture_of(request, await backend.attention(request, call))
+    async def run(backend: Answers, timeout_s: float) -> None:
+        picture = picture_of(request, await backend.attention(request, _call(timeout_s)))
         if save is not None:
             save(picture)
         else:
@@ -153,20 +194,46 @@ def _request(kind: type[Request], options: Options, **own: Any) -> Request:
         raise invalid(error) from None
 
 
-def _texts(options: Options) -> Sequence[str]:
-    """Those given, or each line of standard input."""
+def _call(timeout_s: float) -> Call:
+    """One for each request: a file may take longer than a line."""
+    return Call(uuid4().hex, "command line", time.monotonic() + timeout_s)
+
+
+def _lines(options: Options) -> list[Line]:
+    """The texts given, or each line of standard input. Raises InvalidRequest."""
     texts: list[str] = options["texts"]
-    return [line.rstrip("\n") for line in sys.stdin] if texts in ([], [_STDIN]) else texts
+    is_read = texts in ([], [_STDIN])
+    given = [line.rstrip("\n") for line in _standard_input()] if is_read else texts
+    kind = "line" if is_read else "text"
+    return [Line(place := f"{kind} {number}", _utf8(text, place)) for number, text in enumerate(given, 1)]
 
 
 def _text(options: Options) -> str:
-    """The one given, or all of standard input but its last line's end."""
+    """The one given, or all of standard input but its last line's end. Raises InvalidRequest."""
     text: str | None = options["text"]
-    return sys.stdin.read().removesuffix("\n") if text in (None, _STDIN) else text
+    if text in (None, _STDIN):
+        return _utf8("".join(_standard_input()).removesuffix("\n"), "standard input")
+    return _utf8(text, "the text")
 
 
-def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    yield from (texts[at : at + CHUNK] for at in range(0, len(texts), CHUNK))
+def _standard_input() -> list[str]:
+    try:
+        return list(sys.stdin)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"standard input is not {error.encoding.upper()}: {error.reason}") from None
+
+
+def _utf8(text: str, place: str) -> str:
+    """`text`. Raises InvalidRequest, which names the `place`, where bytes were no UTF-8: no request can carry them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{place} is not UTF-8") from None
+    return text
+
+
+def _chunks(lines: Sequence[Line]) -> Iterator[Sequence[Line]]:
+    yield from (lines[at : at + CHUNK] for at in range(0, len(lines), CHUNK))
 
 
 def _print(text: str, end: str = "\n") -> None:
