@@ -1,11 +1,11 @@
-"""The translation bench: its settings and bodies, our own loops, the peers' batching, its report, a run that fails."""
+"""The translation bench: its settings and bodies, the peers' batching, its report, a run that fails."""
 
 import argparse
 import asyncio
 import hashlib
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from bench.figures import Latency, Sample
 from bench.generate import Fleet
+from bench.loads import LoadFailed
 from bench.report import verdict_lines
 from bench.servers import Server, free_port
 from bench.translate import Measuring, agreement, check_weights, options
-from bench.translation_contenders import Contender, Search, Setting, attnd, run_offline, settings_of
+from bench.translation_contenders import Bare, Contender, Search, Setting, attnd, run_offline, settings_of
 from bench.translation_report import TranslationRounds, full, notes, ratios, summary, table, verdicts
 
 # --- who takes part
@@ -48,57 +49,6 @@ def test_bundle_is_compared_on_the_weights_that_it_was_made_of(tmp_path: Path) -
         (tmp_path / "manifest.json").write_text(json.dumps({"provenance": provenance}))
         with nullcontext() if is_right else pytest.raises(SystemExit, match="--checkpoint"):
             check_weights(tmp_path, tmp_path)
-
-
-# --- our own loops
-
-
-def test_bare_loop_and_backend_translate_as_the_reference_does(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from bench.translation_offline import OfflinePlan, bare_rate, whole_passes
-    from tiny_translator import SENTENCES, seeded_translator, subwords, tiny_translation_bundle
-
-    from model.data import pad
-    from model.subwords import END_ID, PAD_ID, START_ID
-    from model.transformer import generate
-
-    bundle, tokenizer = tiny_translation_bundle(tmp_path / "tiny", precision="float32"), subwords()
-    limit = 64
-    plan = OfflinePlan(tuple(SENTENCES[:4]) * 5, num_beams=1, seconds=0.0)
-    source, mask = pad([one.ids for one in tokenizer.encode_batch(list(plan.sentences))], PAD_ID)
-    start = torch.full((len(source), 1), START_ID)
-    model = seeded_translator()
-    ids = generate(model, start, max_new=limit, end_id=END_ID, source=source, source_mask=mask)[:, 1:].tolist()
-    wanted = tokenizer.decode_batch([row[: row.index(END_ID)] if END_ID in row else row for row in ids])
-    bare, whole = bare_rate(bundle, plan), asyncio.run(whole_passes(bundle, plan))
-    assert bare["texts"] == wanted
-    assert whole["texts"] == wanted
-    assert min(bare["rate"], whole["rate"]) > 0
-
-
-@pytest.mark.parametrize("num_beams", [1, 4])
-async def test_offline_the_queue_is_never_asked_for_more_than_it_takes(num_beams: int) -> None:
-    from bench.translation_offline import OfflinePlan, translate_all
-
-    from service.config import Settings
-    from service.domain import Call, Event, Finish, GenerateRequest
-
-    waiting = most = 0
-
-    class Shouts:
-        async def generate(self, request: GenerateRequest, call: Call) -> AsyncIterator[Event]:
-            nonlocal waiting, most
-            num_outputs = len(request.prompt) * request.num_beams
-            waiting += num_outputs
-            most = max(most, waiting)
-            await asyncio.sleep(0)
-            for place, text in enumerate(request.prompt):
-                yield Finish(place, "stop", text=str(text).upper())
-            waiting -= num_outputs
-
-    plan = OfflinePlan(tuple(f"text {at}" for at in range(500)), num_beams, seconds=0.0)
-    assert await translate_all(Shouts(), plan) == [text.upper() for text in plan.sentences]
-    assert 16 * num_beams < most <= Settings().max_queue_outputs
 
 
 # --- the peers' batching
@@ -156,7 +106,10 @@ def test_ratios_are_of_sentences_a_second_round_by_round() -> None:
         "c1, greedy: sentences a second / ctranslate2": (0.9, False),
     }
     assert len(found) == 6
-    assert {name: one.median for name, one in ratios(rounds).items()} == {"greedy c16 / bare loop": 0.75}
+    rounds.add("attnd beam offline", 0, sample(90))
+    rounds.add("bare beam offline", 0, sample(100))
+    beside = {name: one.median for name, one in ratios(rounds).items()}
+    assert beside == {"greedy c16 / bare loops": 0.75, "beam offline / bare loops": 0.9}
     del rounds.samples["ctranslate2 greedy c16"]
     assert rounds.ratio("attnd greedy c16", "ctranslate2 greedy c16") is None
 
@@ -251,6 +204,40 @@ def test_contender_that_fails_is_reported_and_does_not_stop_the_rest(tmp_path: P
     assert rounds.samples["attnd beam c1"][0].rate > 0
     assert rounds.tokens["attnd greedy"] == 2
     assert rounds.agreement["broken greedy"] == 1
+
+
+class FakeBare(Bare):
+    """Fastest in the middle of what is tried; `broken` with beams."""
+
+    def run(self, plan: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+        if plan["num_beams"] > 1 and self.bundle.name == "broken":
+            raise LoadFailed("out of cheese")
+        rows = [one.rows for one in self.settings("beam" if plan["num_beams"] > 1 else "greedy")]
+        rate = 100.0 * plan["num_beams"] - abs(setting.rows - rows[1])
+        return {"rate": rate, "texts": [text.upper() for text in plan["sentences"]]}
+
+
+def test_bare_loops_are_measured_with_both_searches_each_in_its_fastest_setting(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        measuring = Measuring(given(tmp_path), ["a fine film", "so"], Fleet(stack, tmp_path))
+        bare = FakeBare(tmp_path / "fine", cores=2)
+        measuring.tune_bare(bare)
+        measuring.measure_round(0, [], bare)
+    best = {search: bare.settings(search)[1] for search in ("greedy", "beam")}
+    assert measuring.settings == {f"bare {search}": setting for search, setting in best.items()}
+    rates = {point: by_turn[0].rate for point, by_turn in measuring.rounds.samples.items()}
+    assert rates == {"bare greedy offline": 100, "bare beam offline": 400}
+    assert measuring.rounds.tokens == {"bare greedy": 2, "bare beam": 2}
+
+
+def test_bare_loop_that_fails_is_reported_and_not_measured(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        measuring = Measuring(given(tmp_path), ["a"], Fleet(stack, tmp_path))
+        bare = FakeBare(tmp_path / "broken", cores=2)
+        measuring.tune_bare(bare)
+        measuring.measure_round(0, [], bare)
+    assert measuring.rounds.failures == {"bare": "out of cheese"}
+    assert measuring.rounds.samples == {}
 
 
 def test_offline_command_gets_its_plan_and_its_environment() -> None:

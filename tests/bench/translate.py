@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
@@ -33,11 +34,11 @@ from .translation_contenders import (
     BEAMS,
     NAMES,
     PEERS_NAMED,
+    Bare,
     Contender,
     Search,
     Setting,
     attnd,
-    bare_command,
     peer,
     run_offline,
 )
@@ -46,6 +47,8 @@ from .translation_report import SEARCHES, TranslationRounds, full, notes, summar
 ROOT = Path(__file__).parents[2]
 _FAILURES = (ServerFailed, LoadFailed, CalledProcessError, OSError, ValueError)
 _CHECKED = 50  # sentences that the converted weights are checked on
+
+Offline = Callable[[Mapping[str, Any]], dict[str, Any]]  # see run_offline
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -86,25 +89,38 @@ class Measuring:
                 say(f"  {contender.name} c{concurrency}, {setting}: {rates[setting]:.1f}/s")
             self.settings[f"{contender.name} c{concurrency}"] = max(settings, key=lambda one: rates.get(one, 0.0))
 
-    def measure_round(
-        self, turn: int, contenders: Sequence[Contender], bare: tuple[Sequence[str], Path] | None
-    ) -> None:
+    def tune_bare(self, bare: Bare) -> None:
+        """Finds how many sources at once are fastest in a bare loop, for each search."""
+        for search in self._given.search:
+            rates = {}
+            try:
+                for setting in bare.settings(search):
+                    rates[setting] = bare.run(self._plan(search), setting)["rate"]
+                    say(f"  bare {search}, {setting}: {rates[setting]:.1f}/s")
+            except _FAILURES as error:
+                self.fail("bare", error)
+                return
+            self.settings[f"bare {search}"] = max(rates, key=rates.__getitem__)
+
+    def measure_round(self, turn: int, contenders: Sequence[Contender], bare: Bare | None) -> None:
         ordered = contenders if turn % 2 == 0 else contenders[::-1]
         for search in self._given.search:
             for contender in ordered:
-                self._measure_offline(contender.name, contender.offline, search, turn)
-            if bare and search == "greedy":
-                self._measure_offline("bare", bare, search, turn)
+                self._measure_offline(contender.name, partial(run_offline, contender.offline), search, turn)
+            if bare and (setting := self.settings.get(f"bare {search}")):
+                self._measure_offline("bare", partial(bare.run, setting=setting), search, turn)
             for concurrency in self._given.concurrency:
                 for contender in ordered:
                     self._measure(contender, search, concurrency, turn)
 
-    def _measure_offline(self, name: str, command: tuple[Sequence[str], Path], search: Search, turn: int) -> None:
+    def _plan(self, search: Search) -> dict[str, Any]:
+        return {"sentences": self._sentences, "num_beams": BEAMS[search], "seconds": self._given.seconds}
+
+    def _measure_offline(self, name: str, run: Offline, search: Search, turn: int) -> None:
         if name in self.rounds.failures:
             return
         try:
-            plan = {"sentences": self._sentences, "num_beams": BEAMS[search], "seconds": self._given.seconds}
-            found = run_offline(command, plan)
+            found = run(self._plan(search))
         except _FAILURES as error:
             self.fail(name, error)
             return
@@ -214,7 +230,7 @@ def facts_of(
 def run(given: argparse.Namespace, scratch: Path) -> None:
     sentences = (read_sentences(given.data) if given.data else own_sentences())[: given.count]
     contenders, missing = contenders_of(given)
-    bare = bare_command(given.bundle) if "bare" in given.only else None
+    bare = Bare(given.bundle, len(os.sched_getaffinity(0))) if "bare" in given.only else None
     with ExitStack() as stack:
         measuring = Measuring(given, sentences, Fleet(stack, scratch))
         converted = None
@@ -227,6 +243,8 @@ def run(given: argparse.Namespace, scratch: Path) -> None:
                     say(f"ctranslate2 in float32: {converted:.1%} of {len(checked)} sentences as PyTorch has them")
             except _FAILURES as error:
                 measuring.fail(contender.name, error)
+        if bare:
+            measuring.tune_bare(bare)
         for turn in range(given.rounds):
             say(f"round {turn + 1} of {given.rounds}")
             measuring.measure_round(turn, contenders, bare)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ MOST_TOKENS = 128  # of a translation; the same for every contender
 PEERS_NAMED = ("ctranslate2", "transformers")
 NAMES = ("attnd", *PEERS_NAMED, "bare")
 BEAMS: Mapping[str, int] = {"greedy": 1, "beam": 4}
+_BARE_ROWS = (8, 16, 32, 64)  # of a step of a bare loop; a lane's have 32 at most
 _ENVIRONMENTS = {"ctranslate2": "ctranslate2", "transformers": "pipeline"}
 
 Search = Literal["greedy", "beam"]
@@ -77,7 +79,7 @@ def attnd(bundle: Path, arguments: Sequence[str] = ()) -> Contender:
             directory=ROOT,
         )
 
-    return Contender("attnd", server_for, _module("attnd", bundle))
+    return Contender("attnd", server_for, _module("translation_offline", bundle))
 
 
 def peer(name: str, checkpoint: Path, bundle: Path, cache: Path, *, cores: int) -> Contender:
@@ -112,14 +114,41 @@ def peer(name: str, checkpoint: Path, bundle: Path, cache: Path, *, cores: int) 
     )
 
 
-def bare_command(bundle: Path) -> tuple[Sequence[str], Path]:
-    """The engine in a loop, with neither scheduler nor server; greedy only."""
-    return _module("bare", bundle)
+@dataclass(frozen=True)
+class Bare:
+    """Our engine with neither scheduler nor server: a loop on each core, as many as the service has lanes."""
+
+    bundle: Path
+    cores: int
+
+    def settings(self, search: Search) -> list[Setting]:
+        """To try: so many sources at once in each loop, which has a row for each of their beams."""
+        return [Setting(rows // BEAMS[search], self.cores, 1) for rows in _BARE_ROWS]
+
+    def run(self, plan: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+        """See run_offline; of all loops together, each in a process of its own and with its share of the sentences.
+
+        They are started together and do as much before they count, so that they count at the same time but for
+        fractions of a second.
+        """
+        sentences = plan["sentences"]
+        num_loops = min(setting.workers, len(sentences))
+        shares = [{**plan, "sentences": sentences[at::num_loops]} for at in range(num_loops)]
+        with ThreadPoolExecutor(num_loops) as pool:
+            found = list(pool.map(partial(run_offline, self.command(setting)), shares))
+        texts = [""] * len(sentences)
+        for at, one in enumerate(found):
+            texts[at::num_loops] = one["texts"]
+        return {"rate": sum(one["rate"] for one in found), "texts": texts}
+
+    def command(self, setting: Setting) -> tuple[Sequence[str], Path]:
+        """Of one loop."""
+        return _module("translation_ceiling", self.bundle, str(setting.rows))
 
 
-def _module(mode: str, bundle: Path) -> tuple[Sequence[str], Path]:
-    command, directory = module_command("translation_offline")
-    return [*command, mode, str(bundle)], directory
+def _module(name: str, bundle: Path, *arguments: str) -> tuple[Sequence[str], Path]:
+    command, directory = module_command(name)
+    return [*command, str(bundle), *arguments], directory
 
 
 def run_offline(command: tuple[Sequence[str], Path], plan: Mapping[str, Any], **environment: str) -> dict[str, Any]:

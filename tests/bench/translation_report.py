@@ -70,7 +70,9 @@ def ratios(rounds: TranslationRounds) -> dict[str, Ratio]:
         for load, peer in BESIDE
     }
     pairs |= {
-        f"greedy {load} / bare loop": (f"attnd greedy {load}", "bare greedy offline") for load in ("c16", "offline")
+        f"{search} {load} / bare loops": (f"attnd {search} {load}", f"bare {search} offline")
+        for search in SEARCHES
+        for load in ("c16", "offline")
     }
     return {name: found for name, pair in pairs.items() if (found := rounds.ratio(*pair)) is not None}
 
