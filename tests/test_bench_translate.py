@@ -87,7 +87,7 @@ def sample(rate: float, **faults: int) -> Sample:
 
 
 def measured() -> TranslationRounds:
-    rounds = TranslationRounds(tokens={"attnd greedy": 15.0})
+    rounds = TranslationRounds(tokens={"attnd greedy": 15.0, "ctranslate2 greedy": 20.0, "bare greedy": 10.0})
     for turn, speed in enumerate((1.0, 2.0)):  # the machine is twice as fast in the second round
         rounds.add("attnd greedy c16", turn, sample(300 * speed))
         rounds.add("ctranslate2 greedy c16", turn, sample(150 * speed))
@@ -122,6 +122,7 @@ def test_report_shows_every_point_who_agrees_and_who_failed() -> None:
     shown = table(rounds)
     assert all(point in shown for point in rounds.samples)
     assert "attnd greedy c16 450.0 (300.0-600.0) 6750 20.0 40.0 0" in " ".join(shown.split())
+    assert "bare greedy offline 600.0 (400.0-800.0) 6000 " in " ".join(shown.split())
     assert "97.5%" in notes(rounds)
     assert notes(rounds).splitlines()[-2:] == [
         "transformers failed and was left out: out of cheese",
@@ -130,6 +131,9 @@ def test_report_shows_every_point_who_agrees_and_who_failed() -> None:
     assert "NOT MET" in verdict_lines(verdicts(rounds))
     last_line = json.loads(json.dumps(summary(rounds, {"bench": "translate"}), allow_nan=False))
     assert last_line["points"]["attnd greedy c1"]["sentences_per_s"] == 67.5
+    greedy = {point: found["tokens_per_s"] for point, found in last_line["points"].items() if "c16" in point}
+    assert greedy == {"attnd greedy c16": 6750, "ctranslate2 greedy c16": 4500}
+    assert last_line["points"]["bare greedy offline"]["tokens_per_s"] == 6000
     assert (last_line["errors"], last_line["faults"]) == (3, {"ctranslate2 beam c1": {"gone": 3}})
     assert json.loads(json.dumps(full(rounds, {})))["rounds"]["attnd greedy c1"]["1"]["rate"] == 90
 
