@@ -34,7 +34,8 @@ class OpenJobs:
         self._name = name
         self._metrics = metrics
         self._max_inputs = max_inputs
-        self._rate = 0.0  # inputs a second lately, for Retry-After
+        self._num_threads = num_threads
+        self._rate = 0.0  # inputs a second lately, of one thread, for Retry-After
         self._open: dict[Job, asyncio.Future[None]] = {}
         self._failure: BaseException | None = None
         self._loop = EngineLoop(
@@ -106,8 +107,10 @@ class OpenJobs:
             raise
 
     def _seconds_of_work(self) -> float:
-        """How long what waits now will keep the engine busy, between 0.1 and 30 seconds."""
-        return min(30.0, max(0.1, self._loop.num_waiting / self._rate)) if self._rate else 1.0
+        """How long what waits now will keep all threads busy, between 0.1 and 30 seconds."""
+        if not self._rate:
+            return 1.0
+        return min(30.0, max(0.1, self._loop.num_waiting / (self._num_threads * self._rate)))
 
     def _expired(self, job: Job) -> DeadlineExceeded:
         return DeadlineExceeded(f"the deadline passed after {time.monotonic() - job.progress.begun:.3f} s")
