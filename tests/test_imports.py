@@ -65,7 +65,9 @@ RULES = [
     rule("service.worker.pull", "service.errors service.worker.bundle service.worker.weights.*"),
     rule("service.worker.session", "service.worker.bundle service.worker.machine service.errors", "numpy onnxruntime"),
     rule("service.worker.classification.engine", "service.worker.bundle service.worker.session", "numpy"),
-    rule("service.worker.tokenizer", "service.domain service.errors", "tokenizers"),
+    rule("service.worker.beginnings", "service.worker.generation.detokenizer"),
+    rule("service.worker.tokenizer", "service.domain service.errors service.worker.beginnings", "tokenizers"),
+    rule("service.worker.long_texts", "service.worker.tokenizer"),
     rule("service.worker.attention.views", "service.domain service.errors"),
     rule("service.worker.attention.maps", "service.domain service.worker.attention.views", "numpy"),
     rule("service.worker.classification.sequence", "service.domain service.errors service.worker.attention.views"),
@@ -173,8 +175,8 @@ RULES = [
     rule("service.worker.generation.chat_template", "service.domain service.errors", "jinja2"),
     rule(
         "service.worker.generation.prompt_tokenizer",
-        "service.domain service.errors service.worker.generation.chat_template service.worker.generation.detokenizer "
-        "service.worker.tokenizer",
+        "service.domain service.errors service.worker.beginnings service.worker.generation.chat_template "
+        "service.worker.generation.detokenizer service.worker.tokenizer",
     ),
     rule("service.worker.generation.sampling", "service.domain service.errors", "numpy"),
     rule("service.worker.load", "service.config service.errors service.metrics service.worker.*"),

@@ -2,11 +2,12 @@
 
 import pytest
 
-from service.domain import GenerateRequest
+from service.domain import GenerateRequest, Message
 from service.errors import InvalidRequest
 from service.worker.bundle import load_bundle
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
-from service.worker.generation.prompts import PromptReader
+from service.worker.generation.prompts import PromptReader, num_characters
+from service.worker.tokenizer import LONG_TEXT
 
 tiny = pytest.importorskip("tests.tiny_translator", reason="exporting needs torch", exc_type=ImportError)
 
@@ -34,3 +35,7 @@ def test_a_source_holds_no_tokens_that_the_model_does_not_know(reader: PromptRea
 def test_what_is_never_written_cannot_be_made_likelier(reader: PromptReader) -> None:
     with pytest.raises(InvalidRequest, match=r"logit_bias: token ids are below 270, got 270"):
         reader.check(GenerateRequest(prompt=("x",), logit_bias={NUM_WRITTEN: 1.0}))
+
+
+def test_many_turns_are_a_long_text_even_where_they_say_nothing() -> None:
+    assert num_characters(GenerateRequest(messages=(Message("user", ""),) * 1000)) > LONG_TEXT

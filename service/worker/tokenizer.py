@@ -1,5 +1,10 @@
-"""Text to token ids, with offsets and a report of what was cut. Knows no queue and no engine."""
+"""Text to token ids, with offsets and a report of what was cut. Knows no queue and no engine.
 
+The binding's `encode` holds the GIL until it is done, so that other threads stand still meanwhile. `encode_batch` lets
+it go.
+"""
+
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +14,12 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from service.domain import AttendedToken, Part, TextInput
 from service.errors import BundleError, TooLarge
+from service.worker.beginnings import Beginnings
 
+LONG_TEXT = 4096  # characters from which on tokenizing would hold up the event loop (about 1 ms)
+HUGE_TEXT = 65_536  # characters from which on it takes a tenth of a second, tens of megabytes and more
+
+_Text = str | tuple[str, str]  # a pair
 _PARTS: tuple[Part, Part] = ("text", "text_pair")
 # Names that tokenizers give to what stands for a token that is not told, the best first.
 _BLANKS = ("[MASK]", "<mask>", "[UNK]", "<unk>", "[PAD]", "<pad>")
@@ -55,6 +65,9 @@ def told(encoding: Encoding) -> tuple[AttendedToken, ...]:
 
 def load_tokenizer(path: Path) -> RustTokenizer:
     """A tokenizer.json that neither pads nor cuts. Raises BundleError."""
+    # A batch is tokenized by the thread that asks for it. Otherwise all share one pool of the library's, where texts of
+    # a few milliseconds wait for those of seconds.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         tokenizer = RustTokenizer.from_file(str(path))
     except Exception as error:  # the binding raises bare Exception
@@ -64,11 +77,37 @@ def load_tokenizer(path: Path) -> RustTokenizer:
     return tokenizer
 
 
+def num_characters(item: TextInput) -> int:
+    return len(item.text) + len(item.text_pair or "")
+
+
+def encode(tokenizer: RustTokenizer, text: str) -> Encoding:
+    """A whole text. Releases the GIL for one from LONG_TEXT on."""
+    if len(text) < LONG_TEXT:
+        return tokenizer.encode(text)
+    (encoding,) = tokenizer.encode_batch([text])
+    return encoding
+
+
+def ids_of(tokenizer: RustTokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The tokens alone. As `encode`, and in half the time where the text is long."""
+    if len(text) < LONG_TEXT:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    else:
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids = encoding.ids
+    return ids
+
+
 class Tokenizer:
-    """A bundle's tokenizer.json, cutting at `max_tokens` and never padding. Thread-safe; encoding releases the GIL."""
+    """A bundle's tokenizer.json, cutting at `max_tokens` and never padding.
+
+    Thread-safe. Encoding texts from LONG_TEXT on releases the GIL, and reads little more of them than is kept.
+    """
 
     def __init__(self, path: Path, max_tokens: int) -> None:
         self._whole, self._cut = load_tokenizer(path), load_tokenizer(path)
+        self._beginnings = Beginnings(path)
         self.max_tokens = max_tokens
         self._cut.enable_truncation(max_tokens)
 
@@ -88,12 +127,36 @@ class Tokenizer:
         return next((id for id in found if id is not None), None)
 
     def _encode(self, item: TextInput) -> Encoded:
-        encoding = self._cut.encode(item.text, item.text_pair)
+        if num_characters(item) < LONG_TEXT:
+            encoding = self._cut.encode(item.text, item.text_pair)
+        else:
+            (encoding,) = self._cut.encode_batch([self._beginning(item)])
         type_ids = None if item.text_pair is None else encoding.type_ids
         return Encoded(encoding.ids, type_ids, bool(encoding.overflowing), encoding)
 
+    def _beginning(self, item: TextInput) -> _Text:
+        """What of an input is to be read, so that it has the tokens of the whole once these are cut.
+
+        Which text of a pair is cut, and where, follows from the number of tokens of the shorter one, and from which one
+        that is. It is read to its end, and the other until it has more.
+        """
+        text, pair, most = item.text, item.text_pair, self.max_tokens
+        if pair is None:
+            return self._beginnings.of(text, most, self._count)
+        if len(text) < len(pair):
+            return text, self._beginnings.of(pair, max(most, self._count(text)), self._count)
+        return self._beginnings.of(text, max(most, self._count(pair)), self._count), pair
+
+    def _count(self, text: _Text) -> int:
+        """Tokens, special ones included."""
+        (encoding,) = self._whole.encode_batch_fast([text])
+        return len(encoding)
+
     def _too_long(self, index: int, item: TextInput) -> TooLarge:
-        length = len(self._whole.encode(item.text, item.text_pair).ids)
+        """Of a huge input no more is read than is needed to know that it is too long."""
+        whole = item.text if item.text_pair is None else (item.text, item.text_pair)
+        read = whole if num_characters(item) < HUGE_TEXT else self._beginning(item)
+        has = f"{self._count(read)}" if read == whole else f"more than {self.max_tokens}"
         param = f"input.{index}"
-        message = f"{param} has {length} tokens, the limit is {self.max_tokens}; set truncate to true to cut it"
+        message = f"{param} has {has} tokens, the limit is {self.max_tokens}; set truncate to true to cut it"
         return TooLarge(message, param=param, code="too_many_tokens")

@@ -7,26 +7,28 @@ begin another in anyone's name. In a text to translate they are plain text, too.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from service.domain import AttendedToken, Message
 from service.errors import BundleError
+from service.worker.beginnings import Beginnings
 from service.worker.generation.chat_template import ChatTemplate
 from service.worker.generation.detokenizer import BYTE_TOKEN, Detokenizer, bytes_of, make_stages
-from service.worker.tokenizer import load_tokenizer, told
+from service.worker.tokenizer import encode, ids_of, load_tokenizer, told
 
 SEAM = "\udfff"  # stands inside what is plain text; half a surrogate pair, which no text from outside can hold
 
 
 class PromptTokenizer:
-    """Thread-safe; encoding releases the GIL. Lengths are not limited here."""
+    """Thread-safe; encoding long texts releases the GIL. Lengths are not limited here."""
 
     def __init__(self, path: Path) -> None:
         """Raises BundleError for a file that is no tokenizer, or whose decoder is not known."""
         self._tokenizer, self._plain = load_tokenizer(path), load_tokenizer(path)
         self._plain.encode_special_tokens = True  # that is, as the text that they are
+        self._beginnings = Beginnings(path)
         self._decoder = read_decoder(path)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token: one.content for token, one in added.items() if one.special}
@@ -36,24 +38,32 @@ class PromptTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """A prompt, with what the tokenizer puts before or after every text (Llama: the begin token)."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
+        return ids_of(self._tokenizer, text)
 
     def encode_plain(self, text: str) -> list[int]:
         """As `encode`, but the names of special tokens in `text` are text."""
-        ids: list[int] = self._plain.encode(text).ids
-        return ids
+        return ids_of(self._plain, text)
+
+    def showing_more(self, text: str, num_tokens: int, encode: Callable[[str], Sequence[int]]) -> str:
+        """See Beginnings.showing_more. `encode`: whichever of ours is meant for the text."""
+        find = self._beginnings.of if SEAM in text else self._beginnings.showing_more  # a seam has no token
+        return find(text, num_tokens, lambda part: len(encode(part)))
 
     def attended(self, text: str, *, is_plain: bool) -> tuple[AttendedToken, ...]:
         """As `encode` or `encode_plain`, with the place of each token in the text."""
-        return told((self._plain if is_plain else self._tokenizer).encode(text))
+        return told(encode(self._plain if is_plain else self._tokenizer, text))
 
     def encode_chat(self, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
         """A chat up to where the model is to speak; special tokens are the template's only. Raises as `render` does."""
-        text = template.render(messages, quote=self._quoted)
+        return self.encode_rendered(self.rendered(template, messages))
+
+    def rendered(self, template: ChatTemplate, messages: Sequence[Message]) -> str:
+        """A chat as `encode_rendered` takes it. Raises as `render` does."""
+        return template.render(messages, quote=self._quoted)
+
+    def encode_rendered(self, text: str) -> list[int]:
         if SEAM not in text:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-            return ids
+            return ids_of(self._tokenizer, text, add_special_tokens=False)
         return [token for part in self._parts(text) for token in part]
 
     def detokenizer(self) -> Detokenizer:
@@ -106,8 +116,7 @@ class PromptTokenizer:
         return [*parts, self._encode_said(text[end:])]
 
     def _encode_said(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text.replace(SEAM, ""), add_special_tokens=False).ids
-        return ids
+        return ids_of(self._plain, text.replace(SEAM, ""), add_special_tokens=False)
 
 
 def read_decoder(path: Path) -> dict[str, Any] | None:

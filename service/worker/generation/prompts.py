@@ -1,6 +1,6 @@
 """A request's prompts as token ids that the model can take, or an error that says what it cannot."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from service.domain import GenerateRequest
 from service.errors import InvalidRequest, TooLarge, Unsupported
@@ -9,12 +9,15 @@ from service.worker.generation.chat_template import ChatTemplate
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
 from service.worker.generation.sampling import check_ids, check_token_ids
 from service.worker.generation.sequence import Prompt
+from service.worker.tokenizer import HUGE_TEXT
+
+CHARACTERS_A_TURN = 32  # that a template writes around what is said
 
 
 def num_characters(request: GenerateRequest) -> int:
     """Of text to tokenize."""
     if request.messages is not None:
-        return sum([len(message.content) for message in request.messages])
+        return sum([CHARACTERS_A_TURN + len(message.content) for message in request.messages])
     return sum([len(prompt) for prompt in request.prompt or () if isinstance(prompt, str)])
 
 
@@ -48,7 +51,8 @@ class PromptReader:
         """Raises InvalidRequest, also for ids that the model does not have, and TooLarge for a prompt without room."""
         if request.messages is not None:
             assert self._template is not None
-            return [self._fitting(0, self._tokenizer.encode_chat(self._template, request.messages), "messages")]
+            text = self._tokenizer.rendered(self._template, request.messages)
+            return [self._read(0, text, self._tokenizer.encode_rendered, "messages")]
         return [self._prompt(index, prompt) for index, prompt in enumerate(request.prompt or ())]
 
     @property
@@ -71,18 +75,26 @@ class PromptReader:
         param = f"prompt.{index}"
         if isinstance(prompt, str):
             encode = self._tokenizer.encode_plain if self._are_sources else self._tokenizer.encode
-            return self._fitting(index, encode(prompt), param)
+            return self._read(index, prompt, encode, param)
         check_ids(prompt, self._num_readable, param)
         return self._fitting(index, prompt, param)
 
-    def _fitting(self, index: int, ids: Sequence[int], param: str) -> Prompt:
+    def _read(self, index: int, text: str, encode: Callable[[str], list[int]], param: str) -> Prompt:
+        """Of a huge text no more is read than is needed to know that it has no room."""
+        is_huge = len(text) >= HUGE_TEXT
+        part = self._tokenizer.showing_more(text, self._max_tokens, encode) if is_huge else text
+        return self._fitting(index, encode(part), param, is_all=len(part) == len(text))
+
+    def _fitting(self, index: int, ids: Sequence[int], param: str, *, is_all: bool = True) -> Prompt:
+        """`is_all` False: more tokens follow."""
         if not ids:
             if self._bos_id is None or self._are_sources:
                 raise InvalidRequest(f"{param} has no tokens, at least one is needed", param=param)
             ids = (self._bos_id,)
         if len(ids) + (not self._are_sources) > self._max_tokens:
             beside = "" if self._are_sources else "; with at least one to write"
-            message = f"{param} has {len(ids)} tokens{beside}, the limit is {self._max_tokens}"
+            num_tokens = f"{len(ids)}" if is_all else f"more than {self._max_tokens}"
+            message = f"{param} has {num_tokens} tokens{beside}, the limit is {self._max_tokens}"
             raise TooLarge(message, param=param, code="context_length_exceeded")
         return Prompt(index, ids, is_whole=self._are_sources)
 
