@@ -39,6 +39,7 @@ from service.worker.generation import attend
 from service.worker.generation.attended_text import AttendedText
 from service.worker.generation.attention_graph import AttentionGraph
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
+from service.worker.tokenizer import HUGE_TEXT
 
 tiny = pytest.importorskip("tiny", reason="the truth is computed with torch", exc_type=ImportError)
 tiny_translator = pytest.importorskip("tiny_translator")
@@ -335,6 +336,27 @@ async def test_the_event_loop_reads_short_texts_only(translation: Running, monke
             await translation.local.attention(AttentionRequest(**texts), call())
     here = threading.current_thread()
     assert [thread is here for thread in threads] == [True, True, False, True, False]
+
+
+async def test_of_huge_texts_the_tokens_are_counted_before_they_are_named(
+    chat: Running, translation: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AttendedText, "read", None)  # would fail if it were called
+    huge, solid = "the hour in the hall " * 50_000, "b" * HUGE_TEXT
+    with pytest.raises(TooLarge, match=r"text has more than 255 tokens, at most 255 can be attended to"):
+        await chat.local.attention(AttentionRequest(text=huge), call())
+    for running in (chat, translation):
+        with pytest.raises(TooLarge, match=r"text has more than \d+ tokens, at most \d+ can be attended to"):
+            await running.local.attention(AttentionRequest(text=solid), call())
+
+
+async def test_a_deadline_ends_the_wait_for_a_long_text(chat: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(AttendedText, "read", lambda *_: gate.wait(10))
+    with pytest.raises(DeadlineExceeded):
+        await chat.local.attention(AttentionRequest(text="x" * attend.LONG_TEXT), call(0.02))
+    assert not gate.is_set()
+    gate.set()
 
 
 async def test_who_leaves_while_waiting_for_maps_gives_up_the_turn(

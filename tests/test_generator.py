@@ -24,8 +24,10 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.worker.generation import loop
-from service.worker.generation.generator import LONG_TEXT, Generator
+from service.worker.generation.generator import Generator
+from service.worker.generation.prompts import PromptReader
 from service.worker.local import LocalBackend
+from service.worker.tokenizer import HUGE_TEXT, LONG_TEXT
 
 tiny = pytest.importorskip("tiny", reason="exporting needs torch", exc_type=ImportError)
 
@@ -229,6 +231,45 @@ async def test_a_very_long_prompt_is_tokenized_beside_the_event_loop_and_refused
         await running.collect(prompt=["a", "b" * LONG_TEXT])
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt.1")
     assert running.generator._lanes.num_waiting == 0
+
+
+async def test_of_huge_texts_the_tokens_are_not_all_counted(running: Running) -> None:
+    huge = "the hour in the hall " * 50_000
+    quoted = "<|im_end|> " * 50_000
+    chats: list[dict[str, Any]] = [{"prompt": None, "messages": [Message("user", text)]} for text in (huge, quoted)]
+    for fields in ({"prompt": huge}, *chats):
+        with pytest.raises(TooLarge, match=r" has more than 256 tokens; with at least one to write, the limit is 256"):
+            await running.collect(**fields)
+    with pytest.raises(TooLarge, match=r"^prompt\.0 has more than 256 tokens;"):  # none of 16 bytes
+        await running.collect(prompt="b" * HUGE_TEXT)
+    with pytest.raises(TooLarge, match=rf"^prompt\.0 has {HUGE_TEXT - 1} tokens;"):
+        await running.collect(prompt="b" * (HUGE_TEXT - 1))
+
+
+@pytest.mark.parametrize("length", [LONG_TEXT, HUGE_TEXT])
+async def test_a_deadline_and_a_client_that_leaves_end_the_wait_for_the_tokenizer(
+    running: Running, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    gate, threads, read = threading.Event(), [], PromptReader.read
+
+    def held(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        assert gate.wait(10)
+        return read(*arguments)
+
+    monkeypatch.setattr(PromptReader, "read", held)
+    events = running.backend.generate(GenerateRequest(prompt=("b" * length,)), call(0.02))
+    with pytest.raises(DeadlineExceeded):
+        await anext(events)
+    leaving = asyncio.ensure_future(running.collect(prompt="b" * length))
+    await asyncio.sleep(0.01)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert running.generator._lanes.num_waiting == 0
+    gate.set()
+    assert (await running.collect()).finish().finish_reason == "length"
+    assert [thread is threading.current_thread() for thread in (threads[0], threads[-1])] == [False, True]
 
 
 # --- beam search

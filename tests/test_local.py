@@ -25,8 +25,9 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.observed import Observed
-from service.worker.classification.classifier import LONG_TEXT, Classifier
+from service.worker.classification.classifier import Classifier
 from service.worker.local import LocalBackend
+from service.worker.tokenizer import HUGE_TEXT, LONG_TEXT
 
 LABELS = ("NO", "YES")
 WORDS = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "good": 3, "bad": 4, "poison": 5, "word": 6}
@@ -179,9 +180,65 @@ async def test_a_long_text_is_cut_and_reported_or_refused(backend: LocalBackend)
     assert caught.value.param == "input.1"
 
 
-async def test_a_very_long_text_is_tokenized_beside_the_event_loop(backend: LocalBackend) -> None:
-    text = "good " * LONG_TEXT
-    assert (await backend.classify(request(text), call())).usage.truncated == 1
+class WatchedTokenizer:
+    """Tells in which thread it was asked; closed `gate` holds it up."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._watched: Any = classifier._tokenizer
+        self.threads: list[threading.Thread] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        classifier._tokenizer = self  # type: ignore[assignment]
+
+    def encode(self, inputs: Any, **how: Any) -> Any:
+        self.threads.append(threading.current_thread())
+        assert self.gate.wait(10)
+        return self._watched.encode(inputs, **how)
+
+
+async def test_a_very_long_text_is_tokenized_beside_the_event_loop(make: Make) -> None:
+    classifier = make()
+    tokenizer, backend = WatchedTokenizer(classifier), await started(classifier)
+    for length in (LONG_TEXT - 5, LONG_TEXT, HUGE_TEXT):
+        assert (await backend.classify(request("good " * (length // 5 + 1)), call())).usage.truncated == 1
+    here = threading.current_thread()
+    assert [thread is here for thread in tokenizer.threads] == [True, False, False]
+    await backend.aclose()
+
+
+@pytest.mark.parametrize("length", [LONG_TEXT, HUGE_TEXT])
+async def test_a_deadline_and_a_client_that_leaves_end_the_wait_for_the_tokenizer(make: Make, length: int) -> None:
+    classifier = make(max_waiting=1)
+    tokenizer, backend = WatchedTokenizer(classifier), await started(classifier)
+    tokenizer.gate.clear()
+    long = request("good" * length)
+    with pytest.raises(DeadlineExceeded):
+        await backend.classify(long, call(0.02))
+    leaving = asyncio.ensure_future(backend.classify(long, call()))
+    await asyncio.sleep(0.01)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert not tokenizer.gate.is_set()
+    tokenizer.gate.set()
+    assert await backend.classify(request("good"), call())  # the one place is free
+    await backend.aclose()
+
+
+async def test_draining_has_an_end_while_a_text_is_tokenized(make: Make) -> None:
+    classifier = make()
+    tokenizer, backend = WatchedTokenizer(classifier), await started(classifier, drain_timeout_s=0.02)
+    tokenizer.gate.clear()
+    taken = [asyncio.ensure_future(backend.classify(request("good" * HUGE_TEXT), call())) for _ in range(2)]
+    await asyncio.sleep(0)
+    await backend.aclose()
+    for one in taken:
+        with pytest.raises(Unavailable, match="stopping"):
+            await one
+    tokenizer.gate.set()
+    assert len(tokenizer.threads) == 1
+    await asyncio.to_thread(tokenizer.threads[0].join, 10)
+    assert not tokenizer.threads[0].is_alive()
 
 
 async def test_too_many_inputs_are_refused_with_the_limit(backend: LocalBackend) -> None:
@@ -215,7 +272,7 @@ async def test_a_full_queue_refuses_before_tokenizing(
     monkeypatch.setattr(classifier, "_encode", None)  # would fail if it were called
     with pytest.raises(Overloaded, match="2 inputs wait, 1 more do not fit under the limit of 2") as caught:
         await backend.classify(request("good"), call())
-    assert caught.value.retry_after_s > 0
+    assert caught.value.retry_after_s == 1.0  # nothing has been finished yet
     engine.gate.set()
     await asyncio.gather(running, waiting)
     await backend.aclose()

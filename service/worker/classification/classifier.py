@@ -6,6 +6,7 @@ Everything here runs on the asyncio thread, except `_run` (engine threads) and l
 import asyncio
 import time
 from collections.abc import Sequence as Inputs
+from functools import partial
 
 from service.domain import (
     AttentionMaps,
@@ -31,9 +32,8 @@ from service.worker.classification.occlusion import falls, hidden_one_by_one
 from service.worker.classification.open_jobs import OpenJobs
 from service.worker.classification.scores import apply, function_for, ranked
 from service.worker.classification.sequence import Job, Sequence
-from service.worker.tokenizer import Encoded, Tokenizer
-
-LONG_TEXT = 4096  # characters from which on tokenizing would hold up the event loop (about 1 ms)
+from service.worker.long_texts import LongTexts
+from service.worker.tokenizer import LONG_TEXT, Encoded, Tokenizer, num_characters
 
 _Explained = tuple[list[float], str, float, Encoded]  # scores of the tokens, label, the label's score, the tokens
 
@@ -61,6 +61,7 @@ class Classifier:
         self._function = function_for(manifest.problem_type, len(manifest.labels))
         self._pooling = str(manifest.architecture.get("pooling", "first"))
         self._tokenizer = Tokenizer(bundle.tokenizer_path, manifest.limits.max_tokens)
+        self._long_texts = LongTexts(manifest.id)
         self._engine = engine
         self._max_attention_bytes = max_attention_bytes
         self._jobs = OpenJobs(
@@ -83,7 +84,7 @@ class Classifier:
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
         job = Job(len(request.input), call.progress)
         with self._jobs.admitted(job, call) as done:
-            encoded = await self._encode(request.input, truncate=request.truncate)
+            encoded = await self._encode(request.input, truncate=request.truncate, unless=done)
             self._jobs.add(job, [_sequence(job, index, one) for index, one in enumerate(encoded)])
             await done
         function = request.function_to_apply or self._function
@@ -95,7 +96,7 @@ class Classifier:
         (view,) = views_of(request, {"encoder": (self._engine.num_layers, self._engine.num_heads)})
         job = Job(1, call.progress, view)
         with self._jobs.admitted(job, call) as done:
-            encoded = await self._encode_one(request.text, request.text_pair)
+            encoded = await self._encode_one(request.text, request.text_pair, done)
             check_size([view], {"encoder": (len(encoded.ids),) * 2}, self._max_attention_bytes)
             self._jobs.add(job, [_sequence(job, 0, encoded)])
             await done
@@ -122,7 +123,7 @@ class Classifier:
             raise Unsupported(f"model {self.info.id!r} has no token to hide others with", param="method")
         job = Job(1, call.progress)
         with self._jobs.admitted(job, call) as done:
-            encoded = await self._encode_one(request.text, request.text_pair)
+            encoded = await self._encode_one(request.text, request.text_pair, done)
             variants = hidden_one_by_one(encoded.ids, encoded.is_special, blank_id)
             self._jobs.widen(job, len(variants))
             inputs = [encoded.ids, *variants.values()]
@@ -141,7 +142,7 @@ class Classifier:
             1, call.progress, rollout_of_all(num_layers=self._engine.num_layers, num_heads=self._engine.num_heads)
         )
         with self._jobs.admitted(job, call) as done:
-            encoded = await self._encode_one(request.text, request.text_pair)
+            encoded = await self._encode_one(request.text, request.text_pair, done)
             self._jobs.add(job, [_sequence(job, 0, encoded)])
             await done
         scores = apply(self._function, job.rows[0])
@@ -157,13 +158,18 @@ class Classifier:
             message = f"the bundle of model {self.info.id!r} has no attention outputs; export it anew"
             raise Unsupported(message, param="model", code="no_attention")
 
-    async def _encode(self, inputs: Inputs[TextInput], *, truncate: bool) -> list[Encoded]:
-        if sum(len(item.text) + len(item.text_pair or "") for item in inputs) < LONG_TEXT:
+    async def _encode(
+        self, inputs: Inputs[TextInput], *, truncate: bool, unless: asyncio.Future[None]
+    ) -> list[Encoded]:
+        """Raises what `unless` does, if it does so first."""
+        length = sum(map(num_characters, inputs))
+        if length < LONG_TEXT:
             return self._tokenizer.encode(inputs, truncate=truncate)
-        return await asyncio.to_thread(self._tokenizer.encode, inputs, truncate=truncate)
+        encode = partial(self._tokenizer.encode, inputs, truncate=truncate)
+        return await self._long_texts.read(encode, length, unless=unless)
 
-    async def _encode_one(self, text: str, text_pair: str | None) -> Encoded:
-        (encoded,) = await self._encode((TextInput(text, text_pair),), truncate=True)
+    async def _encode_one(self, text: str, text_pair: str | None, unless: asyncio.Future[None]) -> Encoded:
+        (encoded,) = await self._encode((TextInput(text, text_pair),), truncate=True, unless=unless)
         return encoded
 
     def _run(self, batch: Inputs[Sequence]) -> Inputs[Row]:
@@ -183,6 +189,7 @@ class Classifier:
     async def aclose(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` seconds for open requests, fail those that remain, end the engine threads."""
         await self._jobs.aclose(timeout_s)
+        self._long_texts.close()
 
 
 def _sequence(job: Job, index: int, encoded: Encoded, ids: Inputs[int] | None = None) -> Sequence:

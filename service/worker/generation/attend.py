@@ -7,9 +7,9 @@ large the maps can get is known, and refused, before anything is written. Knows 
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -33,6 +33,8 @@ from service.worker.bundle import Bundle
 from service.worker.generation.attended_text import AttendedText, Written
 from service.worker.generation.attention_graph import GRAPH, AttentionGraph
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
+from service.worker.long_texts import LongTexts
+from service.worker.tokenizer import HUGE_TEXT
 
 NUM_NEW = 32  # tokens that a model which continues texts writes unless a request says otherwise
 MAX_OPEN = 64  # requests of which maps are told or waited for
@@ -55,6 +57,7 @@ class Attending:
         self._max_bytes = max_bytes
         self._text = AttendedText(tokenizer, start_id=generation.bos_id if self._is_translator else None)
         self._graph = AttentionGraph(bundle)
+        self._long_texts = LongTexts(self._id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"attention-{self._id}")
         self._runs: set[asyncio.Future[tuple[AttentionMap, ...]]] = set()
         self._num_open = 0
@@ -74,22 +77,25 @@ class Attending:
         if self._runs:
             await asyncio.wait(self._runs, timeout=timeout_s)
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._long_texts.close()
 
     async def _attention(self, request: AttentionRequest, call: Call, generate: Generate) -> AttentionMaps:
         for name in ("text_pair", "top_k"):
             if getattr(request, name) is not None:
                 raise InvalidRequest(f"{name} is for models that classify, {self._id} writes", param=name)
         views = views_of(request, self._graph.sizes)
-        read = await _told(self._text.read, request.text)
-        self._check_length("text", len(read), self._max_tokens - (not self._is_translator))
+        most = self._max_tokens - (not self._is_translator)
+        read = await self._told(partial(self._read, self._text.read, "text", request.text, most), request.text, call)
+        self._check_length("text", len(read), most=most)
         if request.target is None:
             options = self._options(request, read)
             assert options.max_tokens is not None
             self._check_size(views, len(read), options.max_tokens + self._is_translator)
             written = await self._write(options, call, generate)
         else:
-            written = await _told(self._text.forced, request.target)
-            self._check_length("target", len(written.tokens), self._max_tokens)
+            forced = partial(self._read, self._text.forced, "target", request.target, self._max_tokens)
+            written = await self._told(forced, request.target, call)
+            self._check_length("target", len(written.tokens), most=self._max_tokens)
             self._check_size(views, len(read), len(written.tokens))
             call.progress.tokenized = call.progress.started = time.monotonic()
         maps = await self._maps(read, written, views, call)
@@ -97,11 +103,18 @@ class Attending:
         usage, timing = Usage(prompt_tokens=len(read), truncated=0), call.progress.timing(now)
         return AttentionMaps(self._id, GRAPH, read, written.tokens, maps, Prediction(text=written.text), usage, timing)
 
-    def _check_length(self, param: str, num_tokens: int, most: int) -> None:
+    def _read(self, read: Callable[[str], Told], param: str, text: str, most: int) -> Told:
+        """Of a huge text the tokens are counted before they are named. Raises TooLarge and InvalidRequest."""
+        if len(text) >= HUGE_TEXT:
+            self._check_length(param, *self._text.count(text, most), most=most)
+        return read(text)
+
+    def _check_length(self, param: str, num_tokens: int, is_all: bool = True, *, most: int) -> None:
         if not num_tokens:
             raise InvalidRequest(f"{param} has no tokens, at least one is needed", param=param)
         if num_tokens > most:
-            message = f"{param} has {num_tokens} tokens, at most {most} can be attended to"
+            has = f"{num_tokens}" if is_all else f"more than {most}"
+            message = f"{param} has {has} tokens, at most {most} can be attended to"
             raise TooLarge(message, param=param, code="context_length_exceeded")
 
     def _check_size(self, views: Sequence[View], num_read: int, num_written: int) -> None:
@@ -126,7 +139,14 @@ class Attending:
             async for event in events:
                 if isinstance(event, Finish):
                     ids, text = event.ids, event.text
-        return await _told(partial(self._text.written, ids), text)
+        return await self._told(partial(self._text.written, ids, text), text, call)
+
+    async def _told(self, tell: Callable[[], Told], text: str, call: Call) -> Told:
+        """What `tell` says of a text; of a long one in a thread. Raises DeadlineExceeded."""
+        if len(text) < LONG_TEXT:
+            return tell()
+        async with _deadline_of(call):
+            return await self._long_texts.read(tell, len(text))
 
     async def _maps(
         self, read: Sequence[AttendedToken], written: Written, views: Sequence[View], call: Call
@@ -140,11 +160,10 @@ class Attending:
         self._runs.add(run)
         run.add_done_callback(self._runs.discard)
         try:
-            async with asyncio.timeout(call.deadline - time.monotonic()):
+            async with _deadline_of(call):
                 return await run
-        except TimeoutError:
-            seconds = time.monotonic() - call.progress.begun
-            raise DeadlineExceeded(f"the deadline passed after {seconds:.3f} s") from None
+        except DeadlineExceeded:
+            raise
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise  # whoever asked has left
@@ -153,6 +172,12 @@ class Attending:
             raise EngineFailed(f"the attention graph of {self._id} failed") from error
 
 
-async def _told(tell: Callable[[str], Told], text: str) -> Told:
-    """What `tell` says of a text; of a long one in a thread."""
-    return tell(text) if len(text) < LONG_TEXT else await asyncio.to_thread(tell, text)
+@asynccontextmanager
+async def _deadline_of(call: Call) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded when it passes."""
+    try:
+        async with asyncio.timeout(call.deadline - time.monotonic()):
+            yield
+    except TimeoutError:
+        seconds = time.monotonic() - call.progress.begun
+        raise DeadlineExceeded(f"the deadline passed after {seconds:.3f} s") from None

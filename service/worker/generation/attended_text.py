@@ -35,6 +35,13 @@ class AttendedText:
         the tokens."""
         return self._tokenizer.attended(text, is_plain=self._start_id is not None)
 
+    def count(self, text: str, num_enough: int) -> tuple[int, bool]:
+        """How many tokens `read` would find, and whether these are all: where it can be told by fewer, no more than is
+        needed to know that there are more than `num_enough` is read."""
+        encode = self._tokenizer.encode if self._start_id is None else self._tokenizer.encode_plain
+        part = self._tokenizer.showing_more(text, num_enough, encode)
+        return len(encode(part)), len(part) == len(text)
+
     def forced(self, text: str) -> Written:
         """As if a translator had written it."""
         tokens = [replace(one, part="target") for one in self.read(text) if not one.special]

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
+from functools import partial
 
 from service.domain import (
     Call,
@@ -32,8 +33,8 @@ from service.worker.generation.prompts import PromptReader, num_characters
 from service.worker.generation.report import Ended, Report
 from service.worker.generation.scheduler import slots_for
 from service.worker.generation.sequence import Job, Prompt
-
-LONG_TEXT = 4096  # characters from which on tokenizing would hold up the event loop (about 1 ms)
+from service.worker.long_texts import LongTexts
+from service.worker.tokenizer import LONG_TEXT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +69,7 @@ class Generator:
         self.info = ModelInfo(manifest.id, manifest.task, manifest.created, manifest.facts())
         self.attending = attending
         self._prompts = prompts
+        self._long_texts = LongTexts(manifest.id)
         self._metrics = metrics
         self._max_rows = max_rows
         self._num_rows = len(lanes) * max_rows
@@ -96,7 +98,7 @@ class Generator:
         alarm = self._asyncio.call_later(call.deadline - time.monotonic(), self._expire, job)
         num_missing = request.num_outputs
         try:
-            prompts = await self._read(request)
+            prompts = await self._read(request, reader)
             planned = plans(request, prompts, self._prompts)
             call.progress.tokenized = time.monotonic()
             self._lanes.add(job, request, planned)
@@ -146,10 +148,16 @@ class Generator:
         seconds = self._output_seconds * self._lanes.num_waiting / self._num_rows
         return min(30.0, max(0.1, seconds)) if seconds else 1.0
 
-    async def _read(self, request: GenerateRequest) -> list[Prompt]:
-        if num_characters(request) < LONG_TEXT:
+    async def _read(self, request: GenerateRequest, reader: Reader) -> list[Prompt]:
+        """Raises what fails the request meanwhile, too: before it has prompts, no event but its end can come."""
+        length = num_characters(request)
+        if length < LONG_TEXT:
             return self._prompts.read(request)
-        return await asyncio.to_thread(self._prompts.read, request)
+        failed = asyncio.ensure_future(self._next(reader))
+        try:
+            return await self._long_texts.read(partial(self._prompts.read, request), length, unless=failed)
+        finally:
+            failed.cancel()
 
     async def _next(self, reader: Reader) -> Event:
         event = await reader.events.get()
@@ -233,6 +241,7 @@ class Generator:
             self._fail(job, Unavailable("the server is stopping", code="draining"))
         if self.attending is not None:
             await self.attending.aclose(timeout_s)
+        self._long_texts.close()
         await self._lanes.stop()
 
 
