@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import translate, translation_weights
 from bench.figures import Latency, Sample
 from bench.generate import Fleet
 from bench.loads import LoadFailed
 from bench.report import verdict_lines
 from bench.servers import Server, free_port
-from bench.translate import Measuring, agreement, check_weights, options
+from bench.translate import Measuring, agreement, contenders_of, options
 from bench.translation_contenders import Bare, Contender, Search, Setting, attnd, run_offline, settings_of
 from bench.translation_report import TranslationRounds, full, notes, ratios, summary, table, verdicts
+from bench.translation_weights import check_weights, checkpoint_for
 
 # --- who takes part
 
@@ -47,8 +49,49 @@ def test_bundle_is_compared_on_the_weights_that_it_was_made_of(tmp_path: Path) -
     for written, is_right in ((b"weights", True), (b"others", False)):
         provenance = {"checkpoint_sha256": hashlib.sha256(written).hexdigest()}
         (tmp_path / "manifest.json").write_text(json.dumps({"provenance": provenance}))
-        with nullcontext() if is_right else pytest.raises(SystemExit, match="--checkpoint"):
+        with nullcontext() if is_right else pytest.raises(SystemExit, match="--checkpoint") as refused:
             check_weights(tmp_path, tmp_path)
+    said = str(refused.value)
+    assert f"model.export_translator {tmp_path} --out runs/translation/bundle" in said
+    assert "--bundle runs/translation/bundle" in said
+
+
+def test_checkpoint_may_lack_unless_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(translation_weights, "USUAL", tmp_path / "usual")
+    assert checkpoint_for(tmp_path, None) is None
+    with pytest.raises(SystemExit, match=r"there is no .*typo"):
+        checkpoint_for(tmp_path, tmp_path / "typo")
+    (tmp_path / "usual").mkdir()
+    (tmp_path / "usual/model.safetensors").write_bytes(b"anew")
+    (tmp_path / "manifest.json").write_text('{"provenance": {"checkpoint_sha256": "another"}}')
+    with pytest.raises(SystemExit, match=r"was not made of .*usual"):
+        checkpoint_for(tmp_path, None)
+
+
+def test_without_a_checkpoint_only_the_peers_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    found, missing = contenders_of(options(()))
+    assert ([one.name for one in found], set(missing)) == (["attnd"], {"ctranslate2", "transformers"})
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("ctranslate2 and transformers", "make train-translation", "--checkpoint"))
+    assert contenders_of(options(("--only", "attnd,bare")))[1] == {}
+
+
+def test_checkpoint_is_asked_for_only_by_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[argparse.Namespace] = []
+    monkeypatch.setattr(translate, "run", lambda given, scratch: ran.append(given))
+    (tmp_path / "manifest.json").write_text("{}")
+    flags = ["--bundle", str(tmp_path), "--cache", str(tmp_path), "--checkpoint", str(tmp_path / "nowhere")]
+    monkeypatch.setattr(sys, "argv", ["bench", *flags, "--only", "attnd,bare"])
+    translate.main()
+    assert [given.only for given in ran] == [("attnd", "bare")]
+    monkeypatch.setattr(sys, "argv", ["bench", *flags, "--only", "bare,transformers"])
+    with pytest.raises(SystemExit, match="nowhere"):
+        translate.main()
+
+
+def test_run_with_nobody_in_it_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="nobody"):
+        translate.run(options(("--only", "ctranslate2")), tmp_path)
 
 
 # --- the peers' batching
