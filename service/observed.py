@@ -50,6 +50,11 @@ Result = TypeVar("Result")
 
 _CLASSIFIES = ("classification",)
 
+# A caller leaves when its own time is up, which may be before the deadline that it sent: gRPC's clients round what they
+# send up by a hundredth, or repeat what they sent before where that is up to three hundredths more.
+_OF_TIMEOUT = 0.95
+_EARLY_S = 0.002  # and of timers
+
 _OUTCOMES: dict[type[BaseException], str] = {
     InvalidRequest: "invalid",
     TooLarge: "invalid",
@@ -69,6 +74,12 @@ _log = logging.getLogger("attnd.requests")
 def outcome_of(error: BaseException) -> str:
     """The `outcome` label of a request that ended with `error`."""
     return _OUTCOMES.get(type(error), "error")
+
+
+def _is_late(call: Call, now: float) -> bool:
+    """Whether a caller that left at `now` did so because its time was up."""
+    begun = call.progress.begun
+    return now - begun + _EARLY_S >= _OF_TIMEOUT * (call.deadline - begun)
 
 
 class Observed:
@@ -142,7 +153,7 @@ class Observed:
         except BaseException as error:
             if tally.end is None:  # what comes after a complete reply is not its outcome
                 tally.model = tally.model or self._known(request.model, generation_tasks(request))
-                self._generated(call, tally, outcome_of(error), self._reason(call, error))
+                self._generated(call, tally, self._outcome(call, error), self._reason(call, error))
             raise
         finally:
             in_flight.dec()
@@ -172,10 +183,15 @@ class Observed:
         return ""
 
     def _failed(self, call: Call, error: BaseException, model: str) -> None:
-        outcome = outcome_of(error)
+        outcome = self._outcome(call, error)
         timing = call.progress.timing(self._clock())
         self._metrics.observe_request(call.route, model, outcome, timing)
         self._log(call, model, outcome, timing, {}, self._reason(call, error))
+
+    def _outcome(self, call: Call, error: BaseException) -> str:
+        """Whether its deadline or its caller ends a call, gRPC tells by the same cancellation."""
+        outcome = outcome_of(error)
+        return "deadline" if outcome == "cancelled" and _is_late(call, self._clock()) else outcome
 
     def _generated(self, call: Call, tally: Tally, outcome: str, reason: str = "") -> None:
         tally.take_untold()

@@ -13,6 +13,7 @@ from fakes import CHAT, MODEL, FakeBackend, until
 from service.domain import (
     AttentionRequest,
     Call,
+    Classification,
     ClassifyRequest,
     End,
     Event,
@@ -85,6 +86,11 @@ class Scripted:
         finally:
             await asyncio.sleep(0)  # closing may take a turn of the loop, and is waited for
             self.num_closed += 1
+
+    async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
+        """Fails as the last step does, at once."""
+        assert isinstance(self.steps[-1][1], BaseException)
+        raise self.steps[-1][1]
 
     async def models(self) -> list[ModelInfo]:
         return [MODEL, CHAT]
@@ -265,6 +271,39 @@ async def test_every_end_is_in_every_histogram_once(error: BaseException, outcom
     assert seam.sample("attnd_inter_token_seconds_sum", model=CHAT.id) == {None: None, 2: 0.5}.get(num_tokens, 0.0)
     cancelled = seam.sample("attnd_cancelled_generations_total", model=CHAT.id)
     assert cancelled == (1 if outcome == "cancelled" else None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "error", "outcome"),
+    [
+        (12.0, asyncio.CancelledError(), "deadline"),
+        (10.0, asyncio.CancelledError(), "deadline"),
+        (9.6, asyncio.CancelledError(), "deadline"),  # of 10 seconds, rounded up by who sent them
+        (9.4, asyncio.CancelledError(), "cancelled"),
+        (10.0, Cancelled("left"), "deadline"),
+        (12.0, Overloaded("no"), "overloaded"),
+    ],
+)
+async def test_who_leaves_when_the_time_is_up_did_not_cancel(
+    seconds: float, error: BaseException, outcome: str
+) -> None:
+    seam = Seam([(seconds, error)])
+    seam.call = replace(seam.call, deadline=seam.clock.now + 10.0)
+    with pytest.raises(type(error)):
+        await seam.run()
+    with contextlib.suppress(BaseException):
+        await seam.observed.classify(ClassifyRequest(input=(TextInput("a"),)), seam.call)
+    assert [line["outcome"] for line in seam.lines] == [outcome, outcome]
+    assert seam.ends()["attnd_request_seconds"] == {outcome: 2.0}
+    assert seam.ends()["attnd_request_first_token_seconds"] == {outcome: 1.0}
+
+
+async def test_a_reader_that_stops_when_the_time_is_up_did_not_cancel() -> None:
+    seam = Seam([(12.0, START), (0.0, Token(0, 7, "a"))])
+    seam.call = replace(seam.call, deadline=seam.clock.now + 10.0)
+    async with aclosing(seam.observed.generate(GENERATE, seam.call)) as events:
+        await anext(events)
+    assert [(line["outcome"], line["error"]) for line in seam.lines] == [("deadline", "GeneratorExit")]
 
 
 async def test_an_end_is_in_every_histogram_once() -> None:

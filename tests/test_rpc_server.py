@@ -87,6 +87,7 @@ async def test_a_call_past_its_deadline_is_abandoned(running: Running, backend: 
     failure = await failure_of(running.classify("a", timeout=0.1))
     assert failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await until(lambda: backend.num_cancelled == 1)
+    assert (running.count("Classify", "deadline"), running.count("Classify", "cancelled")) == (1, 0)
 
 
 async def test_a_cancelled_call_is_abandoned(running: Running, backend: FakeBackend) -> None:
