@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TypeVar
 
 from service.backend import Backend
@@ -105,9 +106,8 @@ class Observed:
     async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
         work = self._backend.attention(request, call)
         result = await self._counted(work, call, request.model, attention_tasks(request))
-        self._metrics.observe_maps(
-            result.model, request.reduce, len(result.maps), result.num_bytes, result.timing.total_seconds
-        )
+        seconds = self._clock() - call.progress.begun
+        self._metrics.observe_maps(result.model, request.reduce, len(result.maps), result.num_bytes, seconds)
         fields = {"prompt_tokens": result.usage.prompt_tokens, "maps": len(result.maps), "bytes": result.num_bytes}
         self._succeeded(call, result, fields)
         return result
@@ -132,9 +132,11 @@ class Observed:
     def _succeeded(
         self, call: Call, result: Classification | AttentionMaps | Explanation, fields: Mapping[str, object]
     ) -> None:
-        self._metrics.observe_request(call.route, result.model, "ok", result.timing)
+        """The total is what passed here: the worker's own knows neither the network nor those asked before it."""
+        timing = replace(result.timing, total_seconds=self._clock() - call.progress.begun)
+        self._metrics.observe_request(call.route, result.model, "ok", timing)
         self._metrics.observe_prompt(call.route, result.model, result.usage.prompt_tokens)
-        self._log(call, result.model, "ok", result.timing, fields)
+        self._log(call, result.model, "ok", timing, fields)
 
     async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
         call.progress.is_told_late = request.num_beams > 1  # all at the end

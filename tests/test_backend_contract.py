@@ -23,6 +23,7 @@ from service.domain import (
     GenerateRequest,
     GenerateUsage,
     Message,
+    Progress,
     Start,
     TextInput,
     Token,
@@ -91,6 +92,22 @@ async def test_usage_and_timing_are_told(seam: Backend) -> None:
     result = await seam.classify(asking("three short words"), call())
     assert (result.usage.prompt_tokens, result.usage.truncated) == (5, 0)
     assert result.timing.total_seconds == 0.0051
+
+
+async def test_the_time_that_is_counted_is_that_of_who_was_asked(seam: Backend) -> None:
+    """At a gateway the network and the codec are in it; the reply's timing stays that of who has the model."""
+    metrics = Metrics(Settings().latency_buckets, {})
+    gateway = Observed(seam, metrics, clock=lambda: 7.5)
+    asked = [
+        gateway.classify(asking("one"), replace(call(), route="/c", progress=Progress(begun=7.0))),
+        gateway.attention(ATTENTIONS[0], replace(call(), route="/a", progress=Progress(begun=7.0))),
+        gateway.explain(ExplainRequest(text="a"), replace(call(), route="/e", progress=Progress(begun=7.0))),
+    ]
+    assert [(await one).timing.total_seconds for one in asked] == [0.0051] * 3
+    for route in ("/c", "/a", "/e"):
+        labels = {"route": route, "model": MODEL.id, "outcome": "ok"}
+        assert metrics.registry.get_sample_value("attnd_request_seconds_sum", labels) == 0.5
+        assert metrics.registry.get_sample_value("attnd_request_compute_seconds_sum", labels) == 0.004
 
 
 @pytest.mark.parametrize(
