@@ -1,6 +1,7 @@
 """What clients should not do, over real sockets and on both event loops; after each, a good request still works."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import orjson
@@ -134,6 +135,31 @@ async def test_a_chunked_body_in_pieces_is_read(served: wire.Served) -> None:
             await asyncio.sleep(0.005)
         await client.send(b"\n" + GOOD[5:] + b"\r\n0\r\nx-trailer: 1\r\n\r\n")
         assert (await client.read()).status == 200
+
+
+async def test_the_time_of_a_request_begins_before_its_body_is_there(served: wire.Served) -> None:
+    async with connect(served.port) as client:
+        await client.send(HEAD + b"content-length: %d\r\nexpect: 100-continue\r\n\r\n" % len(GOOD))
+        await client.read(has_body=False)
+        head_seen = time.monotonic()
+        await client.send(GOOD)
+        assert (await client.read()).status == 200
+        (first,) = served.backend.calls
+        assert first.progress.begun <= head_seen
+        await client.ask("POST", "/v1/classify", GOOD)
+    assert served.backend.calls[1].progress.begun > head_seen  # and not with the connection's
+
+
+async def test_the_time_of_a_pipelined_request_begins_with_its_own_first_byte(served: wire.Served) -> None:
+    served.backend.hold()
+    async with connect(served.port) as client:
+        await client.send(request("POST", "/v1/classify", GOOD) * 2)
+        await until(lambda: served.backend.num_waiting == 1)
+        seen = time.monotonic()
+        served.backend.release()
+        for _ in range(2):
+            await client.read()
+    assert all(call.progress.begun <= seen for call in served.backend.calls)
 
 
 async def test_a_request_byte_by_byte(served: wire.Served) -> None:

@@ -9,7 +9,8 @@ class Timing:
     """Where a request's time went, in seconds.
 
     tokenize: from admission until all texts were tokens. queue: from there until the first of them entered a batch.
-    compute: from there until the last of them left the engine. total: from the first byte seen to the result.
+    compute: from there until the last of them left the engine. total: from the request's first byte (of a message in a
+    stream: from when it was taken) to the result, in the process that says so.
     """
 
     queue_seconds: float
@@ -24,7 +25,7 @@ class GenerateTiming:
 
     tokenize: from admission until all prompts were tokens. queue: from there until the engine began with the first of
     them. prefill: from there to the first token, be it a beam's. decode: from then to the last. first_token: from the
-    first byte seen to the first token of an output: a search has none before it is over. total: to the last event.
+    request's first byte to the first token of an output: a search has none before it is over. total: to the last event.
     Stages never reached have 0.
     """
 

@@ -9,6 +9,7 @@ that a client takes to send one.
 """
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import cast
@@ -18,7 +19,7 @@ import httptools
 
 from service.errors import TooLarge
 from service.gateway.errors import Failure, headers_of, native_body
-from service.gateway.exchange import STATUS_LINES, Exchange, Scope, Shared
+from service.gateway.exchange import BEGUN, STATUS_LINES, Exchange, Scope, Shared
 
 _ASGI = {"version": "3.0", "spec_version": "2.4"}
 _UPGRADE_HEADERS = {b"upgrade", b"connection", b"http2-settings"}
@@ -131,6 +132,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._is_receiving = self._is_in_head = True
         self._since = self._loop.time()
+        self._begun = time.monotonic()  # the loop's time may be of milliseconds only
         self._num_raw = 0
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -208,6 +210,7 @@ class Connection(asyncio.Protocol):
             "headers": self._headers,
             "server": self._server,
             "client": self._client,
+            BEGUN: self._begun,
         }
 
     # The app's side.

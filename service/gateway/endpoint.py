@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from service.domain import Call, Classification, ClassifyRequest, ModelInfo, choose_model
+from service.domain import Call, Classification, ClassifyRequest, ModelInfo, Progress, choose_model
 from service.errors import AttndError, InvalidRequest, NotFound, Unsupported
 from service.gateway.door import Door
-from service.gateway.exchange import Receive, Scope, Send
+from service.gateway.exchange import BEGUN, Receive, Scope, Send
 from service.gateway.middleware import HEADERS, REQUEST_ID
 from service.gateway.names import FIELD_ERRORS, Names, told_as
 from service.observed import Observed
@@ -38,7 +38,7 @@ class Entrance:
     async def admit(self, route: str, parse: Parse[T], scope: Scope, receive: Receive) -> tuple[T, Call]:
         """What the body asks for. `parse` gets the body and the path's parameters. Raises an AttndError, counted."""
         headers = scope[HEADERS]
-        call = Call(scope[REQUEST_ID], route, time.monotonic() + self.timeout_s)
+        call = Call(scope[REQUEST_ID], route, time.monotonic() + self.timeout_s, Progress(scope[BEGUN]))
         try:
             body = await read_body(receive)
             self.door.check_open()

@@ -24,7 +24,7 @@ class Context:
     """The circumstances of one call.
 
     `metadata` has lower-case keys; of several values the last counts. `deadline` is a `time.monotonic()` instant in
-    seconds, None where the caller set none. `begun` is the instant of the call's first byte.
+    seconds, None where the caller set none. `begun` is when the call's headers were here.
     """
 
     path: str
