@@ -1,8 +1,9 @@
 """Every metric, declared once. When to count is not decided here: `Observed` does for requests, the worker for steps.
 
 Names follow Prometheus' conventions (base units, `_total` for counters). `outcome` is ok, invalid, overloaded,
-deadline, cancelled or error, and every request is in every request histogram whatever its outcome. No label ever takes
-a value that callers make up. What may be called per token or per step costs a few microseconds: it looks no label up.
+deadline, cancelled or error, and every request to a model is in the request histograms whatever its outcome. No label
+ever takes a value that callers make up. What may be called per token or per step costs a few microseconds: it looks no
+label up.
 """
 
 import platform

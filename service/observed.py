@@ -1,10 +1,12 @@
 """Counts, times and logs every request where it crosses the seam, whatever its end; and nowhere else.
 
-A request that never became one (bad JSON, wrong key, too many bytes) is reported by the edge with `rejected`.
+A request that never became one (bad JSON, wrong key, too many bytes) is reported by the edge with `rejected`, one that
+came to no route (not HTTP, no such path, a client that left before it was complete) with `turned_away`.
 """
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -25,6 +27,7 @@ from service.domain import (
     GenerateRequest,
     GenerateTiming,
     ModelInfo,
+    Progress,
     Timing,
     attention_tasks,
     generation_tasks,
@@ -48,6 +51,8 @@ from service.tally import Clock, Tally
 Log = Callable[[dict[str, object]], None]
 
 Result = TypeVar("Result")
+
+NO_ROUTE = "none"  # a label
 
 _CLASSIFIES = ("classification",)
 
@@ -175,6 +180,10 @@ class Observed:
     def rejected(self, call: Call, error: AttndError) -> None:
         """Count a request that failed before it could be understood."""
         self._failed(call, error, "")
+
+    def turned_away(self, request_id: str, begun: float, error: AttndError) -> None:
+        """Count what came to no route; `begun` as in `Progress`."""
+        self.rejected(Call(request_id, NO_ROUTE, math.inf, Progress(begun)), error)
 
     def _known(self, wanted: str | None, tasks: Sequence[str]) -> str:
         """A label that only takes names of served models, whatever callers send."""

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import re
 import time
 from http import HTTPStatus
 
@@ -15,6 +16,7 @@ import service.errors
 from service import errors
 from service.domain import GenerateRequest
 from service.gateway.errors import STATUS, failure_of
+from service.observed import NO_ROUTE
 
 
 def _subclasses(cls: type) -> set[type]:
@@ -75,6 +77,24 @@ async def test_what_is_not_there(served: wire.Served, method: str, path: str, st
     assert reply.json["error"]["code"] == code
     assert set(reply.json["error"]) == {"message", "type", "param", "code"}
     assert reply.headers["x-request-id"]
+    assert served.count("invalid", NO_ROUTE) == (code != "model_not_found")
+
+
+async def test_what_is_not_there_is_told_and_counted_without_what_callers_make_up(served: wire.Served) -> None:
+    reply = await ask(served.port, "GET", "/" + "x" * 10_000)
+    assert len(reply.body) < 1000
+    text = (await ask(served.port, "GET", "/metrics")).body.decode()
+    assert set(re.findall('route="([^"]*)"', text)) == {NO_ROUTE}
+
+
+async def test_what_asks_no_model_is_not_counted(backend: FakeBackend) -> None:
+    async with wire.serve(backend, api_key="key") as served:
+        for path in ("/v1/models", "/v1/models/sentiment", "/info"):
+            await ask(served.port, "GET", path)
+            await ask(served.port, "GET", path, headers="authorization: Bearer key\r\n")
+        for path in ("/healthz", "/readyz", "/health", "/metrics", "/", "/docs", "/openapi.json"):
+            assert (await ask(served.port, "GET", path)).status == 200
+        assert b"attnd_request_seconds_count" not in (await ask(served.port, "GET", "/metrics")).body
 
 
 async def test_a_wrong_method_is_told_the_right_one(served: wire.Served) -> None:
@@ -93,7 +113,14 @@ async def test_a_request_id_reaches_the_backend(served: wire.Served) -> None:
     assert served.backend.calls[0].route == "/v1/classify"
 
 
-@pytest.mark.parametrize("bad", ["", "a b", "a/b", "x" * 129, "é"])
+async def test_the_longest_request_id_comes_back(served: wire.Served) -> None:
+    longest = "aZ09._:-" * 16
+    assert (await ask(served.port, "GET", "/healthz", headers=f"X-Request-Id: {longest}\r\n")).headers[
+        "x-request-id"
+    ] == longest
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "a/b", "a+b", "a=", "x" * 129, "é"])
 async def test_a_bad_request_id_is_replaced(served: wire.Served, bad: str) -> None:
     reply = await ask(served.port, "GET", "/healthz", headers=f"X-Request-Id: {bad}\r\n")
     assert len(reply.headers["x-request-id"]) == 32
@@ -215,6 +242,8 @@ async def test_openapi_describes_what_is_there(served: wire.Served) -> None:
     assert set(post["responses"]) >= {"200", "401", "404", "413", "422", "429", "500", "501", "503", "504"}
     assert set(schemas["ErrorDetail"]["required"]) == {"message", "type", "param", "code"}
     assert "HTTPValidationError" not in json.dumps(described)
+    (request_id,) = (header for header in post["parameters"] if header["name"] == "x-request-id")
+    assert "1 to 128 of A-Z a-z 0-9 . _ : -" in request_id["description"]
 
 
 async def test_docs_load_nothing_from_elsewhere(served: wire.Served) -> None:

@@ -10,7 +10,8 @@ import wire
 from fakes import FakeBackend, until
 from wire import GOOD, classify, connect, request
 
-from service.gateway.connection import Limits
+from service.gateway.limits import Limits
+from service.observed import NO_ROUTE
 
 HEAD = b"POST /v1/classify HTTP/1.1\r\nhost: test\r\n"
 
@@ -217,18 +218,22 @@ async def test_what_is_not_http_is_told_so_and_hung_up_on(served: wire.Served, g
         reply = await client.read()
         assert reply.status == 400
         assert reply.json["error"]["code"] == "malformed_http"
+        assert len(reply.headers["x-request-id"]) == 32
         assert await client.is_closed()
     assert served.backend.requests == []
+    assert served.count("invalid", NO_ROUTE) == 1
 
 
 async def test_a_huge_head_is_refused(served: wire.Served) -> None:
     async with connect(served.port) as client:
-        await client.send(b"GET /healthz HTTP/1.1\r\nx-long: ")
+        await client.send(b"GET /healthz HTTP/1.1\r\nx-request-id: mine\r\nx-long: ")
         for _ in range(40):
             await client.send(b"a" * 10_000)
         reply = await client.read()
         assert (reply.status, reply.json["error"]["code"]) == (431, "head_too_large")
+        assert reply.headers["x-request-id"] == "mine"
         assert await client.is_closed()
+    assert served.count("invalid", NO_ROUTE) == 1
 
 
 @pytest.mark.parametrize("part", [b"", b"POST /v1/cla", HEAD, HEAD + b"content-length: 24\r\n\r\n{", HEAD + b"x: y"])
@@ -237,6 +242,7 @@ async def test_a_client_that_stops_halfway_is_hung_up_on(impatient: wire.Served,
         await client.send(part)
         assert await client.is_closed()
     assert impatient.backend.requests == []
+    await until(lambda: impatient.count("cancelled", NO_ROUTE) == bool(part))
 
 
 async def test_a_drip_does_not_keep_a_request_alive(impatient: wire.Served) -> None:
@@ -254,9 +260,14 @@ async def test_a_drip_does_not_keep_a_request_alive(impatient: wire.Served) -> N
 
 
 @pytest.mark.parametrize("part", [b"POST /v1/cla", HEAD + b"content-length: 24\r\n\r\n{"])
-async def test_a_client_that_leaves_halfway(served: wire.Served, part: bytes) -> None:
+@pytest.mark.parametrize("before", [b"", request("POST", "/v1/classify", GOOD)])
+async def test_a_client_that_leaves_halfway_is_counted(served: wire.Served, before: bytes, part: bytes) -> None:
+    served.backend.hold()
     async with connect(served.port) as client:
-        await client.send(part)
+        await client.send(before + part)
+        await until(lambda: served.backend.num_waiting == bool(before))
+    await until(lambda: served.count("cancelled", NO_ROUTE) == 1)
+    await until(lambda: served.count("cancelled") == bool(before))
 
 
 async def test_a_client_that_leaves_cancels_its_request(served: wire.Served) -> None:
@@ -308,6 +319,7 @@ async def test_pipelined_requests_run_one_at_a_time_and_leave_together(served: w
         await until(lambda: served.backend.num_waiting == 1)
     await until(lambda: served.backend.num_cancelled == 1)
     assert len(served.backend.requests) == 1
+    assert (served.count("cancelled"), served.count("cancelled", NO_ROUTE)) == (1, 2)
 
 
 async def test_a_good_request_before_garbage_is_answered(served: wire.Served) -> None:
@@ -315,6 +327,7 @@ async def test_a_good_request_before_garbage_is_answered(served: wire.Served) ->
         await client.send(request("POST", "/v1/classify", GOOD) + b"\x00garbage\r\n\r\n")
         assert (await client.read()).status == 200
         assert await client.is_closed()
+    assert served.count("invalid", NO_ROUTE) == 1
 
 
 async def test_a_reader_that_does_not_read_is_dropped(impatient: wire.Served) -> None:
@@ -391,9 +404,11 @@ async def test_odd_targets(served: wire.Served, line: str, status: int) -> None:
 
 async def test_this_is_no_proxy(served: wire.Served) -> None:
     async with connect(served.port) as client:
-        await client.send(b"CONNECT test:80 HTTP/1.1\r\nhost: test\r\n\r\n")
-        assert (await client.read()).status == 405
+        await client.send(b"CONNECT test:80 HTTP/1.1\r\nhost: test\r\nx-request-id: mine\r\n\r\n")
+        reply = await client.read()
+        assert (reply.status, reply.headers["x-request-id"]) == (405, "mine")
         assert await client.is_closed()
+    assert served.count("invalid", NO_ROUTE) == 1
 
 
 async def test_many_clients_at_once_get_their_own_answers(served: wire.Served) -> None:

@@ -45,7 +45,7 @@ from service.errors import (
     Unsupported,
 )
 from service.metrics import Metrics
-from service.observed import Observed, outcome_of
+from service.observed import NO_ROUTE, Observed, outcome_of
 
 BUCKETS = (0.001, 0.01, 0.1, 1.0)
 ROUTE = "/v1/generate"
@@ -551,3 +551,18 @@ def test_a_request_that_never_became_one_is_counted_with_its_route() -> None:
     seam.observed.rejected(seam.call, InvalidRequest("not JSON"))
     assert seam.of("attnd_request_seconds_sum", "invalid", model="") == 0.25
     assert [(line["outcome"], line["error"]) for line in seam.lines] == [("invalid", "not JSON")]
+
+
+def test_what_came_to_no_route_is_counted_as_such_and_has_a_line() -> None:
+    seam = Seam([])
+    seam.observed.turned_away("id-2", seam.clock.now - 0.25, InvalidRequest("this is not an HTTP/1.1 request"))
+    assert seam.sample("attnd_request_seconds_sum", route=NO_ROUTE, model="", outcome="invalid") == 0.25
+    (line,) = seam.lines
+    assert (line["request_id"], line["route"], line["outcome"]) == ("id-2", "none", "invalid")
+    assert (line["total_seconds"], line["error"]) == (0.25, "this is not an HTTP/1.1 request")
+
+
+def test_who_leaves_before_the_request_is_complete_cancelled() -> None:
+    seam = Seam([])
+    seam.observed.turned_away("id-2", seam.clock.now - 1e6, Cancelled("left"))
+    assert seam.ends()["attnd_request_seconds"] == {"cancelled": 1.0}

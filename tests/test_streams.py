@@ -22,8 +22,9 @@ from service.domain import (
     Token,
 )
 from service.gateway import sse
-from service.gateway.connection import Connection, Limits
+from service.gateway.connection import Connection
 from service.gateway.exchange import Message, Shared
+from service.gateway.limits import Limits
 
 PATHS = ["/v1/generate", "/v1/completions", "/v1/chat/completions"]
 
@@ -244,7 +245,7 @@ async def test_many_streams_at_once_keep_apart(served: wire.Served) -> None:
 
 async def test_a_writer_that_gives_up_does_not_take_another_with_it() -> None:
     """A stream's keep-alive comments may wait for the same slow reader as its tokens do."""
-    connection = Connection(Shared(app=None, date=b""), Limits(max_body_bytes=1))  # type: ignore[arg-type]
+    connection = Connection(Shared(app=None, date=b"", turned_away=None), Limits(max_body_bytes=1))  # type: ignore[arg-type]
     connection.connection_made(Mock(**{"get_extra_info.return_value": ("127.0.0.1", 1)}))
     connection.pause_writing()
     first, second = (asyncio.ensure_future(connection.write(b"x", is_last=False)) for _ in range(2))

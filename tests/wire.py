@@ -11,7 +11,7 @@ from fakes import FakeBackend
 
 from service.config import Settings
 from service.gateway.app import Gateway, create_app
-from service.gateway.connection import Limits
+from service.gateway.limits import Limits
 from service.gateway.server import HttpServer
 from service.metrics import Metrics
 from service.observed import Observed

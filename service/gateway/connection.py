@@ -11,15 +11,15 @@ that a client takes to send one.
 import asyncio
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import cast
 from urllib.parse import unquote
 
 import httptools
 
-from service.errors import TooLarge
-from service.gateway.errors import Failure, headers_of, native_body
-from service.gateway.exchange import BEGUN, STATUS_LINES, Exchange, Scope, Shared
+from service.errors import AttndError, Cancelled, InvalidRequest, TooLarge
+from service.gateway.errors import Failure
+from service.gateway.exchange import BEGUN, Exchange, Scope, Shared, refusal, request_id_of
+from service.gateway.limits import Limits
 
 _ASGI = {"version": "3.0", "spec_version": "2.4"}
 _UPGRADE_HEADERS = {b"upgrade", b"connection", b"http2-settings"}
@@ -27,19 +27,6 @@ _MAX_WAITING = 64  # pipelined requests
 _MAX_WAITING_BYTES = 65_536
 _MAX_UNSENT_BYTES = 65_536
 _MALFORMED = Failure(400, "this is not an HTTP/1.1 request", "malformed_http")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bytes a request may have, and seconds a client may take; a connection that is over is closed."""
-
-    max_body_bytes: int
-    max_head_bytes: int = 65_536
-    receive_seconds: float = 30.0  # from a request's first byte to its last
-    idle_seconds: float = 75.0  # between requests; more than the 60 s of common balancers, so that they close first
-    stalled_seconds: float = 30.0  # a client that does not read its reply
-    linger_seconds: float = 2.0  # to read on after refusing a request, or the client would lose the reply
-    sweep_seconds: float = 1.0  # how often the times above are looked at
 
 
 class Connection(asyncio.Protocol):
@@ -78,8 +65,10 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._shared.connections.discard(self)
         self._shared.changed.set()
-        self._is_ending = True
-        self._waiting.clear()
+        if self._is_receiving:
+            self._turn_away(self._headers, self._begun, Cancelled("the connection ended within the request"))
+        self._is_receiving, self._is_ending = False, True
+        self._drop_waiting()
         self._unsent.clear()
         if self.task is not None:
             self.task.cancel()
@@ -259,17 +248,28 @@ class Connection(asyncio.Protocol):
     def _refuse(self, failure: Failure) -> None:
         """Answer what is not a request, unless a request before it is still being answered, and hang up."""
         self._is_receiving, self._is_ending = False, True
+        error = InvalidRequest(failure.message, code=failure.code)
+        request_id = self._turn_away(self._headers, self._begun, error)
         if self._active is None:
-            body = native_body(failure)
-            head = b"".join(b"%b: %b\r\n" % header for header in headers_of(failure, body))
-            line = STATUS_LINES[failure.status]
-            self._transport.write(b"%b%b%bconnection: close\r\n\r\n%b" % (line, self._shared.date, head, body))
+            self._transport.write(refusal(failure, request_id, self._shared.date))
             self._end()
+
+    def _turn_away(self, headers: list[tuple[bytes, bytes]], begun: float, error: AttndError) -> bytes:
+        """Have a request counted that no app gets to see; its id."""
+        request_id = request_id_of(dict(headers))
+        self._shared.turned_away(request_id.decode(), begun, error)
+        return request_id
+
+    def _drop_waiting(self) -> None:
+        for exchange in self._waiting:
+            error = exchange.refusal or Cancelled("the connection ended before the request's turn came")
+            self._turn_away(exchange.scope["headers"], exchange.scope[BEGUN], error)
+        self._waiting.clear()
 
     def _end(self) -> None:
         """Close after what was written; read on for a while, since unread input would reset the connection."""
         self._is_ending = True
-        self._waiting.clear()
+        self._drop_waiting()
         if not self._transport.is_closing():
             self._transport.write_eof()
             self._resume_reading()

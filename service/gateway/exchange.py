@@ -5,25 +5,45 @@ Knows no socket: a `Link` takes the bytes.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+import random
+import re
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from service.errors import TooLarge
+from service.errors import AttndError, TooLarge
+from service.gateway.errors import Failure, headers_of, native_body
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+TurnedAway = Callable[[str, float, AttndError], None]  # a request's id, when it began, and why no app saw it
 
 BEGUN = "attnd.begun"  # key of an ASGI scope: when the request's first byte came, as `time.monotonic` says
 
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 STATUS_LINES[499] = b"HTTP/1.1 499 Client Closed Request\r\n"
 
+_VALID_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}").fullmatch
+
 _log = logging.getLogger("attnd.http")
+
+
+def request_id_of(headers: Mapping[bytes, bytes]) -> bytes:
+    """The client's own where it is a fit one, else a new one."""
+    given = headers.get(b"x-request-id")
+    return given if given and _VALID_ID(given) else b"%032x" % random.getrandbits(128)
+
+
+def refusal(failure: Failure, request_id: bytes, date: bytes) -> bytes:
+    """The reply to what is not a request, after which the connection ends."""
+    body = native_body(failure)
+    headers = [*headers_of(failure, body), (b"x-request-id", request_id), (b"connection", b"close")]
+    lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+    return b"%b%b%b\r\n%b" % (STATUS_LINES[failure.status], date, lines, body)
 
 
 class Link(Protocol):
@@ -47,10 +67,14 @@ class Link(Protocol):
 
 @dataclass
 class Shared:
-    """What a server's connections share. `date` is the Date header's line, renewed by the server."""
+    """What a server's connections share. `date` is the Date header's line, renewed by the server.
+
+    `turned_away` counts the requests that never come to `app`.
+    """
 
     app: App
     date: bytes
+    turned_away: TurnedAway
     is_draining: bool = False
     connections: set[Link] = field(default_factory=set)
     changed: asyncio.Event = field(default_factory=asyncio.Event)

@@ -31,7 +31,8 @@ from service.observed import Observed
 
 Endpoint = ClassifyEndpoint | GenerateEndpoint | AttentionEndpoint | ExplainEndpoint | PipelineEndpoint
 Signature = Callable[..., Awaitable[Any]]
-RequestId = Annotated[str | None, Header(description="Comes back in the reply and is in the log; made up when absent")]
+_ID_ABOUT = "Comes back in the reply and is in the log: 1 to 128 of A-Z a-z 0-9 . _ : -; made up when absent or another"
+RequestId = Annotated[str | None, Header(description=_ID_ABOUT)]
 TimeoutMs = Annotated[int | None, Header(description="Milliseconds after which the request fails with 504")]
 
 _STATUSES = {

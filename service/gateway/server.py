@@ -7,8 +7,9 @@ from email.utils import formatdate
 from service.address import listening
 from service.config import Settings
 from service.gateway.app import Gateway
-from service.gateway.connection import Connection, Limits
+from service.gateway.connection import Connection
 from service.gateway.exchange import Shared
+from service.gateway.limits import Limits
 
 _BACKLOG = 1024
 
@@ -32,7 +33,7 @@ class HttpServer:
     async def start(self) -> int:
         """Listen; gives the port. Raises ConfigError when that fails."""
         loop = asyncio.get_running_loop()
-        self._shared = Shared(self._gateway.entry, _date_line())
+        self._shared = Shared(self._gateway.entry, _date_line(), self._gateway.turned_away)
         with listening("HTTP", self._host, self._port):
             self._listener = await loop.create_server(
                 lambda: Connection(self._shared, self._limits), self._host, self._port, backlog=_BACKLOG
