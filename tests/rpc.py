@@ -11,7 +11,7 @@ from google.rpc.status_pb2 import Status
 
 from service.config import Settings
 from service.metrics import Metrics
-from service.observed import Observed
+from service.observed import Log, Observed
 from service.rpc.pb.attnd.v1 import inference_pb2 as pb
 from service.rpc.server import RpcServer
 
@@ -66,10 +66,10 @@ async def starting(backend: FakeBackend) -> AsyncIterator[Start]:
     """What starts servers over `backend`; all of them end with the block."""
     started: list[Running] = []
 
-    async def start(**settings: Any) -> Running:
+    async def start(log: Log | None = None, **settings: Any) -> Running:
         chosen = Settings(**{"grpc_port": 0, "max_body_bytes": LIMIT, "drain_timeout": 0.2} | settings)
         metrics = Metrics(chosen.latency_buckets, {})
-        server = RpcServer(Observed(backend, metrics), chosen)
+        server = RpcServer(Observed(backend, metrics, log=log), chosen)
         started.append(Running(server, metrics, await server.start()))
         return started[-1]
 

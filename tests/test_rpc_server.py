@@ -17,6 +17,7 @@ from rpc import LIMIT, SERVICE, Running, Start, details_of, failure_of
 
 from service.domain import TextInput
 from service.errors import ConfigError, Overloaded, Unavailable
+from service.observed import NO_ROUTE
 from service.rpc import core, server
 from service.rpc.pb.attnd.v1 import inference_pb2 as pb
 
@@ -136,6 +137,38 @@ async def test_a_message_over_the_limit_is_out_of_range(running: Running) -> Non
     assert (await running.classify("x")).model == MODEL.id
 
 
+TOO_LARGE = "x" * 2_000_000  # more than gRPC itself takes where our limit is LIMIT
+
+
+async def test_what_grpc_refuses_has_its_status_and_is_counted_as_too_large(start: Start) -> None:
+    lines: list[dict[str, object]] = []
+    running = await start(log=lines.append)
+    failure = await failure_of(running.classify(TOO_LARGE))
+    assert failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in failure.details()
+    await until(lambda: running.count("Classify", "invalid") == 1)
+    assert "refused the message as too large" in str(lines[0]["error"])
+
+
+async def test_what_grpc_refuses_ends_its_stream_and_is_counted(running: Running, backend: FakeBackend) -> None:
+    backend.hold()
+    stream = running.stream()
+    await stream.write(request("open"))
+    await until(lambda: backend.num_waiting == 1)
+    await stream.write(request(TOO_LARGE))
+    assert (await failure_of(stream.read())).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await until(lambda: running.count("ClassifyStream", "cancelled") == 1)
+    assert running.count("ClassifyStream", "invalid") == 1
+
+
+async def test_a_call_without_a_message_is_told_so(running: Running) -> None:
+    call = running.channel.stream_stream(f"/{SERVICE}/Classify")(timeout=10)
+    await call.done_writing()
+    failure = await failure_of(call.read())
+    assert (failure.code(), failure.details()) == (grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+    assert running.count("Classify", "invalid") == 1
+
+
 async def test_an_overload_says_when_to_come_back(running: Running, backend: FakeBackend) -> None:
     backend.error = Overloaded("the queue is full (8)", retry_after_s=1.5)
     failure = await failure_of(running.classify("a"))
@@ -208,8 +241,16 @@ async def test_a_port_that_is_taken_on_one_address_is_taken(start: Start) -> Non
 
 
 async def test_an_unknown_method_is_unimplemented(running: Running) -> None:
-    method = running.channel.unary_unary(f"/{SERVICE}/Nothing")
-    assert (await failure_of(method(b"", timeout=10))).code() is grpc.StatusCode.UNIMPLEMENTED
+    method = running.channel.unary_unary(f"/{SERVICE}/{'Nothing' * 100}")
+    failure = await failure_of(method(b"", timeout=10, metadata=(("x-request-id", "mine"),)))
+    assert failure.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert len(failure.details()) < 200
+    assert dict(failure.trailing_metadata())["x-request-id"] == "mine"
+    info = ErrorInfo()
+    assert details_of(failure).details[0].Unpack(info)
+    assert info.reason == "method_not_found"
+    labels = {"route": NO_ROUTE, "model": "", "outcome": "invalid"}
+    assert running.metrics.registry.get_sample_value("attnd_request_seconds_count", labels) == 1
 
 
 @pytest.mark.parametrize("given", [(), (("authorization", "Bearer wrong"),), (("authorization", "sesame"),)])
@@ -239,6 +280,7 @@ async def test_health_needs_no_key(start: Start) -> None:
 async def test_list_models_tells_the_facts(running: Running) -> None:
     method = running.channel.unary_unary(f"/{SERVICE}/ListModels", None, pb.ListModelsResponse.FromString)
     (model,) = (await method(b"", timeout=10)).models
+    assert running.count("ListModels", "ok") == 0  # as README says
     assert (model.id, model.task, model.created) == (MODEL.id, MODEL.task, MODEL.created)
     assert list(model.facts["labels"]) == MODEL.facts["labels"]
 

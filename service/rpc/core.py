@@ -29,6 +29,10 @@ Metadata = Sequence[tuple[str, str | bytes]]
 Told = TypeVar("Told")
 
 
+class MessageRefused(Exception):
+    """The core takes no message of that size; it has ended the call, with a status of its own."""
+
+
 class Call:
     """One call, used on the event loop only. `deadline` is a `time.monotonic()` instant in seconds, None if not set."""
 
@@ -46,8 +50,19 @@ class Call:
         self._all_sent.set()
 
     def read(self) -> "asyncio.Future[bytes | None]":
-        """The next message, None after the last."""
-        return self._started((cygrpc.ReceiveMessageOperation(_NO_FLAGS),), lambda done: done[0].message())
+        """The next message; None after the last, or when the call is over. Raises MessageRefused."""
+        done: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+
+        def finished(event: Any) -> None:
+            if done.done():
+                return
+            if event.success:
+                done.set_result(event.batch_operations[0].message())
+            else:
+                done.set_exception(MessageRefused)
+
+        self._call.start_server_batch((cygrpc.ReceiveMessageOperation(_NO_FLAGS),), finished)
+        return done
 
     async def write(self, message: bytes) -> None:
         """Send a message behind those before it; waits while the caller takes none."""

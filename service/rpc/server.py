@@ -13,10 +13,10 @@ from grpc import StatusCode
 
 from service.address import address_text, addresses_of, listening
 from service.config import Settings
-from service.errors import AttndError, EngineFailed, InvalidRequest, TooLarge, Unavailable
+from service.errors import AttndError, EngineFailed, InvalidRequest, TooLarge, Unavailable, Unsupported
 from service.observed import Observed
 from service.rpc import health, inference, reflection
-from service.rpc.core import Call, Metadata, Port
+from service.rpc.core import Call, MessageRefused, Metadata, Port
 from service.rpc.errors import DETAILS_KEY, rich_status, status_of
 from service.rpc.methods import (
     REQUEST_ID,
@@ -32,6 +32,7 @@ from service.rpc.methods import (
 _MIN_READ_BYTES = 1_048_576
 _OVERSIZE_FACTOR = 4
 
+_SHOWN = 128  # characters of a path that an error repeats
 _DRAINING = "draining"
 
 _log = logging.getLogger("attnd.rpc")
@@ -41,6 +42,7 @@ class RpcServer:
     """attnd.v1.Inference, health and reflection on one port."""
 
     def __init__(self, backend: Observed, settings: Settings) -> None:
+        self._backend = backend
         self._settings = settings
         self._reading: set[asyncio.Task[Any]] = set()
         self._tasks: set[asyncio.Future[Any]] = set()
@@ -89,12 +91,11 @@ class RpcServer:
             each.add_done_callback(self._tasks.discard)
 
     async def _answer(self, call: Call) -> None:
-        method = self._methods.get(call.path)
-        if method is None:
-            await call.finish(StatusCode.UNIMPLEMENTED, f"there is no method {call.path}", ())
-            return
         context = Context(call.path, call.metadata, request_id_of(call.metadata), call.begun, call.deadline)
+        method = self._methods.get(call.path)
         try:
+            if method is None:
+                raise self._no_method(context)
             if isinstance(method, Unary):
                 reply = await method.answer(await self._received(call), context)
                 await call.finish(StatusCode.OK, "", _trailing(context), message=reply)
@@ -105,14 +106,31 @@ class RpcServer:
         except Exception as error:
             await _fail(call, context, error)
 
+    def _no_method(self, context: Context) -> Unsupported:
+        """What to tell who calls a method that there is not; counted."""
+        error = Unsupported(f"there is no method {context.path[:_SHOWN]}", code="method_not_found")
+        self._backend.turned_away(context.request_id, context.begun, error)
+        return error
+
     async def _received(self, call: Call) -> Received:
         """The one message of a call."""
-        data = await call.read()
+        try:
+            data = await call.read()
+        except MessageRefused:
+            return self._refused()
         return InvalidRequest("the call has no message") if data is None else self._within(data)
 
     async def _all_received(self, call: Call) -> AsyncIterator[Received]:
-        while (data := await self._read(call)) is not None:
-            yield self._within(data)
+        try:
+            while (data := await self._read(call)) is not None:
+                yield self._within(data)
+        except MessageRefused:
+            yield self._refused()
+
+    def _refused(self) -> TooLarge:
+        """For the method to count; the caller has been told already, by gRPC."""
+        limit = self._settings.max_body_bytes
+        return TooLarge(f"gRPC itself refused the message as too large, one has at most {limit} bytes")
 
     def _within(self, data: bytes) -> Received:
         limit = self._settings.max_body_bytes
