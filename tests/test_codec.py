@@ -261,8 +261,8 @@ def asking(**fields: typing.Any) -> pb.GenerateRequest:
 @pytest.mark.parametrize(
     ("message", "param", "words"),
     [
-        (pb.GenerateRequest(), None, "exactly one of prompt and messages"),
-        (asking(messages=[pb.Message(role="user")]), None, "exactly one of prompt and messages"),
+        (pb.GenerateRequest(), None, "^exactly one of prompts and messages"),
+        (asking(messages=[pb.Message(role="user")]), None, "^exactly one of prompts and messages"),
         (pb.GenerateRequest(prompts=[pb.Prompt(text="a"), pb.Prompt()]), "prompt.1", "either text or token_ids"),
         (pb.GenerateRequest(prompts=[pb.Prompt(text="a")] * 129), "prompt", "at most 128 prompts a request, got 129"),
         (
@@ -310,7 +310,11 @@ def test_unset_fields_of_attention_are_the_defaults() -> None:
             "expected 'all' or a list of head numbers.*got 'last'",
         ),
         (pb.AttentionRequest(heads=pb.Chosen(numbers=pb.Numbers(numbers=[1, 1]))), "heads", "may be there once"),
-        (pb.AttentionRequest(generate=pb.GenerateOptions(max_tokens=0)), "max_tokens", "got 0"),
+        (
+            pb.AttentionRequest(generate=pb.GenerateOptions(max_tokens=0)),
+            "generate.max_tokens",
+            "^generate.max_tokens: .* got 0",
+        ),
         (pb.AttentionRequest(target="a", generate=pb.GenerateOptions()), None, "do not go together"),
     ],
 )
@@ -391,8 +395,8 @@ def test_text_that_has_no_encoding_is_refused() -> None:
 def test_a_stream_reply_is_a_result_or_an_error() -> None:
     reply = pb.ClassifyStreamResponse.FromString(classify.stream_result(CLASSIFICATIONS[0]))
     assert classify.decode_classification(reply.response) == CLASSIFICATIONS[0]
-    error = Overloaded("the queue is full (8)", retry_after_s=0.25, param="input")
+    error = Overloaded("the queue is full (8)", retry_after_s=0.25, param="model")
     reply = pb.ClassifyStreamResponse.FromString(classify.stream_error(error))
     assert reply.error == pb.Error(
-        status=8, message="the queue is full (8)", code="overloaded", param="input", retry_after_seconds=0.25
+        status=8, message="the queue is full (8)", code="overloaded", param="model", retry_after_seconds=0.25
     )

@@ -116,9 +116,10 @@ async def test_an_invalid_value_is_an_invalid_argument(running: Running) -> None
     status = details_of(failure)
     assert status.details[0].Unpack(info)
     assert status.details[1].Unpack(violations)
-    assert (info.reason, info.metadata["param"]) == ("invalid_request", "input")
-    assert violations.field_violations[0].field == "input"
-    assert status.message == failure.details()
+    assert (info.reason, info.metadata["param"]) == ("invalid_request", "inputs")
+    assert violations.field_violations[0].field == "inputs"
+    assert violations.field_violations[0].description == status.message == failure.details()
+    assert failure.details().startswith("inputs: ")
     assert running.count("Classify", "invalid") == 1
 
 
@@ -343,7 +344,8 @@ async def test_an_error_in_a_stream_is_the_reply_to_its_request_alone(running: R
         "sentiment", "invalid_request", "model_not_found", "invalid_protobuf", "too_large", "sentiment",
     ]  # fmt: skip
     assert replies[1].error.status == grpc.StatusCode.INVALID_ARGUMENT.value[0]
-    assert replies[1].error.param == "input"
+    assert replies[1].error.param == "inputs"
+    assert replies[1].error.message.startswith("inputs: ")
     assert running.count("ClassifyStream", "ok") == 2
     assert running.count("ClassifyStream", "invalid") == 4
 

@@ -2,7 +2,10 @@
 
 A status carries ErrorInfo (reason = the error's code, metadata.param = the offending field), BadRequest for a bad
 field and RetryInfo for an error that passes, so that `error_from` gives a client the very error the server raised.
+Fields are called what the proto calls them on the way, and what the domain does at both ends.
 """
+
+from collections.abc import Mapping
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
@@ -46,6 +49,8 @@ _STATUS: dict[type[AttndError], StatusCode] = {
     ConfigError: StatusCode.INTERNAL,
     AttndError: StatusCode.INTERNAL,
 }
+_PROTO_NAMES = {"input": "inputs", "prompt": "prompts"}  # all others are the same
+_DOMAIN_NAMES = {proto: name for name, proto in _PROTO_NAMES.items()}
 _CLASS = {status: cls for cls, status in _STATUS.items()} | {StatusCode.INTERNAL: EngineFailed}
 
 
@@ -58,18 +63,32 @@ def retry_after_s(error: AttndError) -> float:
     return error.retry_after_s if isinstance(error, Overloaded | Unavailable) else 0.0
 
 
+def told(error: AttndError) -> tuple[str, str | None]:
+    """The message and the field of `error`, as the proto calls it."""
+    return _renamed(error.message, error.param, _PROTO_NAMES)
+
+
+def _renamed(message: str, param: str | None, names: Mapping[str, str]) -> tuple[str, str | None]:
+    """A message has a field's name in front, or with a place, as in "sentence 2 of prompt.0 has"; else it is a word."""
+    field, dot, place = (param or "").partition(".")
+    if param is None or field not in names:
+        return message, param
+    name = names[field] + dot + place
+    is_named = bool(dot) or message.startswith(f"{param}:")
+    return message.replace(param, name, 1) if is_named else message, name
+
+
 def rich_status(error: AttndError) -> bytes:
     """The google.rpc.Status of `error`, the value of the trailer `grpc-status-details-bin`."""
-    details: list[Message] = [ErrorInfo(reason=error.code, domain=DOMAIN, metadata={"param": error.param or ""})]
-    if isinstance(error, InvalidRequest) and error.param:
-        details.append(
-            BadRequest(field_violations=[BadRequest.FieldViolation(field=error.param, description=error.message)])
-        )
+    message, param = told(error)
+    details: list[Message] = [ErrorInfo(reason=error.code, domain=DOMAIN, metadata={"param": param or ""})]
+    if isinstance(error, InvalidRequest) and param:
+        details.append(BadRequest(field_violations=[BadRequest.FieldViolation(field=param, description=message)]))
     if isinstance(error, Overloaded | Unavailable):
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_s * 1e9))
         details.append(RetryInfo(retry_delay=delay))
-    status = Status(code=status_of(error).value[0], message=error.message)
+    status = Status(code=status_of(error).value[0], message=message)
     for detail in details:
         status.details.add().Pack(detail)
     return bytes(status.SerializeToString())
@@ -98,7 +117,7 @@ def error_from(status: StatusCode, message: str, details: bytes = b"") -> AttndE
     if cls is Cancelled and not ours:  # what gRPC itself makes of a call that reaches a server as it shuts down
         cls, message = Unavailable, "the server is shutting down"
     code = info.reason if ours else None
-    param = info.metadata["param"] or None if ours else None
+    message, param = _renamed(message, info.metadata["param"] or None if ours else None, _DOMAIN_NAMES)
     if issubclass(cls, Overloaded | Unavailable):
         return cls(message, param=param, code=code, retry_after_s=1.0 if delay is None else delay)
     return cls(message, param=param, code=code)

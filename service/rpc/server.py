@@ -17,7 +17,7 @@ from service.errors import AttndError, EngineFailed, InvalidRequest, TooLarge, U
 from service.observed import Observed
 from service.rpc import health, inference, reflection
 from service.rpc.core import Call, MessageRefused, Metadata, Port
-from service.rpc.errors import DETAILS_KEY, rich_status, status_of
+from service.rpc.errors import DETAILS_KEY, rich_status, status_of, told
 from service.rpc.methods import (
     REQUEST_ID,
     Context,
@@ -155,7 +155,8 @@ async def _fail(call: Call, context: Context, error: Exception) -> None:
     if not isinstance(error, AttndError):
         _log.error("a call failed", exc_info=error)
         error = EngineFailed("internal error")
-    await call.finish(status_of(error), error.message, (*_trailing(context), (DETAILS_KEY, rich_status(error))))
+    message, _ = told(error)
+    await call.finish(status_of(error), message, (*_trailing(context), (DETAILS_KEY, rich_status(error))))
 
 
 def _trailing(context: Context) -> Metadata:

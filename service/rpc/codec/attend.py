@@ -97,7 +97,7 @@ def decode_request(message: pb.AttentionRequest) -> AttentionRequest:
             fields[name] = _decode_chosen(getattr(message, name))
     try:
         if message.HasField("generate"):
-            fields["generate"] = GenerateOptions(**_given(message.generate, _OPTIONS))
+            fields["generate"] = _decode_options(message.generate)
         return AttentionRequest(
             text=message.text,
             model=message.model or None,
@@ -107,6 +107,14 @@ def decode_request(message: pb.AttentionRequest) -> AttentionRequest:
         )
     except ValidationError as error:
         raise invalid(error) from None
+
+
+def _decode_options(message: pb.GenerateOptions) -> GenerateOptions:
+    try:
+        return GenerateOptions(**_given(message, _OPTIONS))
+    except ValidationError as error:
+        wrong = invalid(error)
+        raise InvalidRequest(f"generate.{wrong.message}", param=f"generate.{wrong.param}") from None
 
 
 def _decode_chosen(message: pb.Chosen) -> str | tuple[int, ...]:

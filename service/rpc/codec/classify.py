@@ -97,12 +97,13 @@ def stream_result(result: Classification) -> bytes:
 
 def stream_error(error: AttndError) -> bytes:
     """The reply of ClassifyStream to a request that failed."""
+    message, param = errors.told(error)
     return pb.ClassifyStreamResponse(
         error=pb.Error(
             status=errors.status_of(error).value[0],
-            message=error.message,
+            message=message,
             code=error.code,
-            param=error.param,
+            param=param,
             retry_after_seconds=errors.retry_after_s(error),
         )
     ).SerializeToString()

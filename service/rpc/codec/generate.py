@@ -78,6 +78,8 @@ def _in_range(ids: Any, param: str) -> Any:
 
 
 def decode_request(message: pb.GenerateRequest) -> GenerateRequest:
+    if bool(message.prompts) == bool(message.messages):
+        raise InvalidRequest("exactly one of prompts and messages must be given")
     fields = {name: getattr(message, name) for name in _PLAIN}
     fields |= {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
     if message.HasField("max_tokens"):
