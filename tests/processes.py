@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import httpx
 import pytest
@@ -69,10 +70,12 @@ async def until_draining(client: httpx.AsyncClient) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(*arguments: str, ready_port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+async def running(
+    *arguments: str, ready_port: int, stderr: IO[bytes] | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process that answers on /readyz of `ready_port`; killed at the end if it still runs."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "service", *arguments, cwd=ROOT, env=environment()
+        sys.executable, "-m", "service", *arguments, cwd=ROOT, env=environment(), stderr=stderr
     )
     try:
         await _until_ready(process, ready_port)

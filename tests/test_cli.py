@@ -138,6 +138,30 @@ async def test_a_signal_drains_the_accepted_request_is_answered(backend, number)
         assert await end_of(process) == 0
 
 
+@pytest.mark.parametrize(
+    ("flag", "is_logged"),
+    [("--log-requests=true", True), ("--log-requests=false", False), ("--log-level=error", False)],
+)
+async def test_a_server_writes_a_line_a_request_to_stderr_unless_told_not_to(backend, tmp_path, flag, is_logged):
+    (port,) = free_ports(1)
+    with (tmp_path / "stderr").open("wb") as stderr:
+        async with (
+            worker(backend) as address,
+            running(
+                "gateway", f"--worker={address}", f"--http-port={port}", flag, ready_port=port, stderr=stderr
+            ) as process,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+        ):
+            for path, number in (("/v1/classify", 200), ("/v1/nothing", 404)):
+                reply = await client.post(path, json={"input": "a fine film"}, headers={"x-request-id": "trace"})
+                assert reply.status_code == number
+            process.terminate()
+            assert await end_of(process) == 0
+    lines = [json.loads(line) for line in (tmp_path / "stderr").read_text().splitlines()]
+    told = [(line["request_id"], line["route"], line["outcome"]) for line in lines if "request_id" in line]
+    assert told == ([("trace", "/v1/classify", "ok"), ("trace", "none", "invalid")] if is_logged else [])
+
+
 async def test_a_drain_has_an_end(backend):
     (port,) = free_ports(1)
     async with (

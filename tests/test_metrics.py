@@ -1,6 +1,7 @@
 """What is declared, and what a worker's hooks count, read back off the exposition as a scraper would."""
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -232,3 +233,13 @@ def test_two_processes_worth_of_metrics_do_not_meet() -> None:
     first, second = fresh(), fresh()
     first.generated_tokens("m").inc()
     assert value(second, "attnd_generated_tokens_total", model="m") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="they are read from /proc")
+def test_the_process_itself_is_measured() -> None:
+    families = scrape(fresh())
+    measured = {"process_resident_memory_bytes", "process_virtual_memory_bytes", "process_cpu_seconds"}
+    measured |= {"process_open_fds", "process_max_fds", "process_start_time_seconds"}
+    assert measured <= set(families)
+    assert families["process_resident_memory_bytes"].samples[0].value > 1e6
+    assert "python_gc_collections" in families
