@@ -19,7 +19,7 @@ from service.domain import (
     Message,
     TextInput,
 )
-from service.errors import AttndError, EngineFailed, InvalidRequest, Overloaded, Unavailable
+from service.errors import AttndError, EngineFailed, InvalidRequest, Overloaded, TooLarge, Unavailable
 from service.rpc.errors import error_from, rich_status, status_of, told
 from service.rpc.pb.attnd.v1 import inference_pb2 as pb
 
@@ -111,6 +111,12 @@ def test_a_status_without_details_is_the_plain_error(details: bytes) -> None:
 
 def test_a_call_that_grpc_ended_itself_can_be_tried_elsewhere() -> None:
     assert type(error_from(StatusCode.CANCELLED, "CANCELLED")) is Unavailable
+
+
+def test_a_message_that_grpc_takes_for_too_large_is_not_tried_again() -> None:
+    refused = error_from(StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (9 vs. 8)")
+    assert type(refused) is TooLarge
+    assert "larger than max" in refused.message
 
 
 def test_a_status_that_is_not_ours_is_a_failure() -> None:

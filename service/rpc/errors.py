@@ -116,6 +116,8 @@ def error_from(status: StatusCode, message: str, details: bytes = b"") -> AttndE
     cls = _CLASS.get(status, EngineFailed)
     if cls is Cancelled and not ours:  # what gRPC itself makes of a call that reaches a server as it shuts down
         cls, message = Unavailable, "the server is shutting down"
+    if cls is Overloaded and not ours:  # of a message that gRPC takes for too large: trying again is no help
+        cls = TooLarge
     code = info.reason if ours else None
     message, param = _renamed(message, info.metadata["param"] or None if ours else None, _DOMAIN_NAMES)
     if issubclass(cls, Overloaded | Unavailable):
