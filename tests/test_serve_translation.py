@@ -336,7 +336,7 @@ async def test_grpc_names_the_sentence_too(served: Served) -> None:
     asked = pb.GenerateRequest(prompts=[pb.Prompt(text=f"A dog. {'X' * 80}. Hi.")])
     failure = await rpc.failure_of(anext(aiter(served.running.generate(asked))))
     assert failure.code() == grpc.StatusCode.OUT_OF_RANGE
-    assert "sentence 2 of prompt.0 has 83 tokens" in (failure.details() or "")
+    assert "sentence 2 of prompts.0 has 83 tokens" in (failure.details() or "")
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_beams": 3}])
