@@ -139,7 +139,7 @@ RULES = [
     ),
     rule(
         "service.worker.generation.lane_loader",
-        "service.errors service.logs service.worker.bundle service.worker.generation.*",
+        "service.errors service.logs service.worker.bundle service.worker.generation.* service.worker.machine",
     ),
     rule("service.worker.machine"),
     rule("service.worker.engine_threads"),

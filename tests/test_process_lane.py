@@ -309,6 +309,22 @@ def test_where_no_process_can_be_started_every_lane_says_so(bundle: Path, monkey
     assert processes.end() == 0
 
 
+def test_as_many_lanes_as_cores_have_one_each(bundle: Path) -> None:
+    mine = os.sched_getaffinity(0)
+    for num_lanes in {len(mine), len(mine) + 1}:
+        processes = LaneProcesses(load_of(bundle), num_lanes)
+        lanes = [processes.open(lane) for lane in range(num_lanes)]
+        found = [os.sched_getaffinity(pid) for _, pid in lanes]
+        for channel, _ in lanes:
+            channel.close()
+        assert processes.end() == 0
+        if num_lanes == len(mine):
+            assert [len(cores) for cores in found] == [1] * num_lanes
+            assert set().union(*found) == mine
+        else:
+            assert found == [mine] * num_lanes
+
+
 def test_lanes_share_the_model_s_memory(bundle: Path) -> None:
     """A page that several have is divided among them in what `Pss_Anon` counts, and whole in `Anonymous`."""
     processes = LaneProcesses(load_of(bundle), 3)

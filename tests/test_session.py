@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from service.errors import BundleError, ConfigError
 from service.worker import session as session_module
 from service.worker.bundle import GraphSpec, TensorSpec
-from service.worker.machine import available_threads, has_vnni
+from service.worker.machine import available_threads, cores_for, has_vnni
 from service.worker.session import Session, available_provider, runtime_facts
 
 SPEC = GraphSpec(
@@ -169,6 +169,23 @@ def test_threads_are_the_affinity_cut_to_the_quota(tmp_path: Path, monkeypatch: 
     files, expected = QUOTAS[case]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert available_threads(limited(tmp_path, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "pid", "expected"),
+    [
+        (3, 6, [{2}, {5}, {7}]),
+        (3, 7, [{5}, {7}, {2}]),
+        (2, 6, [{2, 5, 7}] * 2),
+        (4, 6, [{2, 5, 7}] * 4),
+    ],
+)
+def test_threads_have_cores_of_their_own_where_they_are_as_many(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int, pid: int, expected: list[set[int]]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 2, 5})
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+    assert cores_for(num_threads) == expected
 
 
 def test_threads_of_this_machine_are_at_least_one() -> None:

@@ -1,7 +1,7 @@
 """What this process may use of the machine: threads and memory, cut to what its container allows, and instructions."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 VNNI = frozenset({"avx512_vnni", "avx_vnni"})  # as Linux calls them
@@ -15,6 +15,19 @@ def available_threads(root: Path = Path("/")) -> int:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for quota in _quotas(root) if quota is not None]
     return max(1, min([affinity, *(int(quota) for quota in quotas)]))
+
+
+def cores_for(num_threads: int) -> list[Set[int]]:
+    """On which processors each of `num_threads` should compute. Linux only.
+
+    Where this process may use as many as there are threads, each has one of its own: moved about, they at times share
+    one while another is idle. The first is not the same one for all processes, for it has the most to do.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if num_threads != len(cores):
+        return [set(cores)] * num_threads
+    first = os.getpid() % len(cores)
+    return [{core} for core in cores[first:] + cores[:first]]
 
 
 def _quotas(root: Path) -> Iterator[float | None]:

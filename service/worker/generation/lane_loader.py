@@ -26,6 +26,7 @@ from service.worker.generation.prompt_tokenizer import PromptTokenizer
 from service.worker.generation.scheduler import slots_for
 from service.worker.generation.thread_lane import ThreadLane
 from service.worker.generation.translator import TranslatorEngine
+from service.worker.machine import cores_for
 
 _log = logging.getLogger("attnd.engine")
 
@@ -59,8 +60,10 @@ def fork(lane: ThreadLane, channels: Several[Channel]) -> None:
     """A process for each channel, which holds that one only: who waits at its other end learns of its death at once."""
     gc.collect()
     gc.freeze()  # what is there now stays, and looking at it would copy its memory
-    for channel in channels:
+    for channel, cores in zip(channels, cores_for(len(channels)), strict=True):
         if not os.fork():
+            with suppress(OSError):  # a container may forbid it
+                os.sched_setaffinity(0, cores)
             for other in channels:
                 if other is not channel:
                     other.close()
