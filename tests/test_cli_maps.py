@@ -140,5 +140,5 @@ async def test_the_command_writes_the_picture(backend, tmp_path, capsys):
 def test_without_matplotlib_it_is_said_before_a_model_is_asked(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "service.cli.heatmap", None)
     options = {"text": "a", "png": "out.png"}
-    with pytest.raises(ConfigError, match=r"attnd\[plot\]"):
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
         plan("attention", options)

@@ -179,9 +179,7 @@ def _to_file(path: Path) -> Callable[[Picture], None]:
     try:
         from service.cli.heatmap import save_png
     except ImportError:
-        raise ConfigError(
-            "--png needs matplotlib: pip install 'attnd[plot]'; without --png a table is printed"
-        ) from None
+        raise ConfigError("--png needs matplotlib: pip install matplotlib; without --png a table is printed") from None
     return partial(save_png, path=path)
 
 
