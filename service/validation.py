@@ -1,11 +1,19 @@
 """A failed pydantic validation, said as one `InvalidRequest` that names the field, the reason and the value."""
 
+import re
+from typing import Any
+
 from pydantic import ValidationError
 
 from service.errors import InvalidRequest
 
 _SAYS_ALL = ("missing", "unexpected_keyword_argument", "extra_forbidden")  # kinds of failure that are not of a value
+_TUPLE = re.compile(r"\btuple\b", re.IGNORECASE)  # what becomes of a caller's list
 _SHOWN = 60  # characters of a value or a field's name that an error repeats
+
+
+def _shown(value: Any) -> str:
+    return _cut(repr(list(value) if isinstance(value, tuple) else value))
 
 
 def _cut(text: str) -> str:
@@ -25,9 +33,9 @@ def invalid(error: ValidationError) -> InvalidRequest:
         )
     path = _path(first["loc"])
     where = path or "the body"
-    reason = first["msg"].removeprefix("Value error, ")
+    reason = _TUPLE.sub("list", first["msg"]).removeprefix("Value error, ").replace(" after validation", "")
     # A list whose only item failed is also "too short": one problem, not two.
     others = [other for other in others if other["loc"] != first["loc"][: len(other["loc"])]]
     more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''})" if others else ""
-    got = "" if first["type"] in _SAYS_ALL or not path else f", got {_cut(repr(first['input']))}"
+    got = "" if first["type"] in _SAYS_ALL or not path else f", got {_shown(first['input'])}"
     return InvalidRequest(f"{where}: {reason[0].lower()}{reason[1:]}{got}{more}", param=path or None)

@@ -70,7 +70,7 @@ async def test_a_text_that_cannot_be_translated_is_an_input(
         (
             {"num_beams": 4, "repetition_penalty": 2.0},
             422,
-            f"{AT}.repetition_penalty goes with {AT}.num_beams 1 only, got 2.0",
+            f"{AT}.repetition_penalty goes with {AT}.num_beams 1 only, not 4",
         ),
     ],
 )

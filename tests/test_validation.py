@@ -59,7 +59,7 @@ def test_an_unknown_field_is_named_without_its_value():
         ({"input": "a", "model": ""}, "model", "at least 1 character", "got ''"),
         ({"input": "a", "truncate": "yes"}, "truncate", "valid boolean", "got 'yes'"),
         ({"input": "a", "function_to_apply": "relu"}, "function_to_apply", "'softmax', 'sigmoid' or 'none'", "'relu'"),
-        ({"input": []}, "input", "at least 1 item", "got ()"),
+        ({"input": []}, "input", "list should have at least 1 item, not 0", "got []"),
         ({"input": 7}, "input", "expected a string", "got 7"),
         ({"input": None}, "input", "expected a string", "got None"),
         ({"input": ["a", 7]}, "input.1", "", "got 7"),

@@ -37,8 +37,8 @@ def check_beams(request: GenerateRequest, max_rows: int) -> None:
     if request.n > request.num_beams:
         raise InvalidRequest(f"n is {request.n}, a search with {request.num_beams} beams finds no more", param="n")
     for name, neutral in NEUTRAL.items():
-        if (value := getattr(request, name)) != neutral:
-            raise InvalidRequest(f"{name} goes with num_beams 1 only, got {value!r}", param=name)
+        if getattr(request, name) != neutral:
+            raise InvalidRequest(f"{name} goes with num_beams 1 only, not {request.num_beams}", param=name)
 
 
 class Rated(NamedTuple):
