@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from service.cli.flags import HELP as ASK_HELP
+from service.cli.flags import SETTINGS as ASK_SETTINGS
 from service.cli.flags import add_ask_flags
 from service.config import Settings, add_flags, load_settings
 from service.errors import CALLERS_FAULT, AttndError
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, flags in _FLAGS.items():
         command = commands.add_parser(name, help=_HELP[name], description=_HELP[name], allow_abbrev=False)
-        add_flags(command, flags)
+        add_flags(command, flags, ASK_SETTINGS if name in ASK_HELP else None)
         if name == "pull":
             command.add_argument(
                 "model", help="a shipped model's id, a GGUF file, a directory with safetensors, OWNER/NAME"

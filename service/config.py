@@ -105,8 +105,11 @@ def describe(name: str) -> str:
     return next(str(part) for part in get_args(_TYPES[name]) if isinstance(part, str))
 
 
-def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Add one flag for each named setting; none has a default, so that only given flags are seen."""
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str], about: Mapping[str, str] | None = None) -> None:
+    """Add one flag for each named setting; none has a default, so that only given flags are seen.
+
+    `about`: help texts by name, where a command uses a setting in another way than a server.
+    """
     for name in names:
         default = getattr(Settings, name)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
@@ -115,7 +118,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
             dest=name,
             metavar=name.upper(),
             default=argparse.SUPPRESS,
-            help=f"{describe(name)}; default {shown or 'none'} [{PREFIX}{name.upper()}]",
+            help=f"{(about or {}).get(name) or describe(name)}; default {shown or 'none'} [{PREFIX}{name.upper()}]",
         )
 
 

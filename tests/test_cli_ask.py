@@ -13,7 +13,7 @@ import wire
 from fakes import CHAT, until
 from processes import EXIT_TIMEOUT_S, ROOT, attnd, environment
 
-from service.__main__ import _parser
+from service.__main__ import _parser, main
 from service.cli.client import Answers, HttpClient
 from service.cli.commands import CHUNK, plan
 from service.domain import ModelInfo
@@ -147,6 +147,16 @@ async def test_text_is_printed_as_it_is_written(backend, served, capsys):
     assert capsys.readouterr().out == "one two "
 
 
+def test_help_tells_what_a_flag_means_here_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "key to send" in text
+    assert "callers must send" not in text
+    assert "at the most; default 256" in text
+    assert "(1: none); default 1" in text
+
+
 async def test_the_key_is_sent(backend, capsys):
     async with wire.serve(backend, api_key="secret") as served:
         await ask(client_of(served, api_key="secret"), "classify", "a")
@@ -192,7 +202,8 @@ def test_what_is_no_url_is_refused(url):
         (("attention", "a", "--layer=x"), 2, "--layer"),
         (("attention", "a", "--layer=last,1"), 2, "--layer"),
         (("classify", "a", "--model=no-such-model"), 2, "no-such-model"),
-        (("translate", "a", "--model=sentiment"), 2, "no model for translation"),
+        (("translate", "a", "--model=sentiment"), 2, "model 'sentiment' is for classification, not translation"),
+        (("attention", "a", "--model=chat", "--kind=cross"), 2, "model 'chat' is for generation, not translation"),
         (("classify", "a", "--url=http://127.0.0.1:1"), 1, "http://127.0.0.1:1 cannot be reached"),
         (("classify", "a", "--url=nowhere"), 2, "--url='nowhere'"),
     ],

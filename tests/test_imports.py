@@ -182,7 +182,7 @@ RULES = [
     rule("service.worker.load", "service.config service.errors service.metrics service.worker.*"),
     rule("service.worker.*", "service.backend service.domain service.errors service.metrics service.worker.*"),
     rule("service.cli"),
-    rule("service.cli.flags"),
+    rule("service.cli.flags", "service.domain"),
     rule("service.cli.maps", "service.domain"),
     rule("service.cli.heatmap", "service.cli.maps", "matplotlib"),
     rule("service.cli.client", "service.domain service.errors", "httptools pydantic"),

@@ -5,7 +5,10 @@ bounds are the request's own.
 """
 
 import argparse
+from dataclasses import fields
 from typing import Any
+
+from service.domain import GenerateRequest
 
 HELP = {
     "classify": "label texts",
@@ -13,17 +16,22 @@ HELP = {
     "translate": "translate texts",
     "attention": "show where a model looked, as a table or a picture",
 }
+SETTINGS = {
+    "api_key": "key to send as a bearer token to the server at --url",
+    "request_timeout": "seconds that each request may take",
+}
+_MAX_TOKENS = "tokens to write, at the most; default "
 _DECODING = {
-    "--max-tokens": (int, "tokens to write, at the most"),
     "--num-beams": (int, "beams of a beam search (1: none)"),
     "--length-penalty": (float, "what a beam search divides a score by: the length to this power"),
-    "--seed": (int, "the same seed gives the same text"),
+    "--seed": (int, "the same seed gives the same text; default: another each time"),
 }
 _SAMPLING = {
-    "--temperature": (float, "0 always takes the likeliest token"),
+    "--temperature": (float, "0 always takes the likeliest token; default: the model's own (0 of those shipped)"),
     "--top-k": (int, "sample from so many of the likeliest tokens (0: all)"),
     "--top-p": (float, "sample from the likeliest tokens that have this probability together"),
 }
+_DEFAULTS = {one.name: one.default for one in fields(GenerateRequest)}
 
 
 def add_ask_flags(parser: argparse.ArgumentParser, command: str) -> None:
@@ -39,7 +47,8 @@ def _add(parser: argparse.ArgumentParser, *names: str, **about: Any) -> None:
 
 def _add_all(parser: argparse.ArgumentParser, flags: dict[str, tuple[type, str]]) -> None:
     for name, (kind, about) in flags.items():
-        _add(parser, name, type=kind, help=about)
+        default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
+        _add(parser, name, type=kind, help=about if default is None else f"{about}; default {default}")
 
 
 def _classify(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +61,14 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", metavar="PROMPT", help="none, or -: all of standard input")
     parser.add_argument("--chat", action="store_true", help="the prompt is a message for the model to answer")
     parser.add_argument("--system", metavar="TEXT", help="instructions that stand before the message; means --chat")
+    _add(parser, "--max-tokens", type=int, help=f"{_MAX_TOKENS}{_DEFAULTS['max_tokens']}")
     _add_all(parser, _DECODING | _SAMPLING)
     _add(parser, "--stop", action="append", help="end before this text; may be given more than once")
 
 
 def _translate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="none, or -: each line of standard input")
+    _add(parser, "--max-tokens", type=int, help=f"{_MAX_TOKENS}as many as a translation takes")
     _add_all(parser, _DECODING)
 
 
@@ -69,7 +80,8 @@ def _attention(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--kind", choices=("encoder", "decoder", "cross"), help="default: cross if the model has it")
     _add(parser, "--layer", type=chosen, dest="layers", help="numbers from 0, with commas, or all; default: the last")
     _add(parser, "--head", type=chosen, dest="heads", help="numbers from 0, with commas, or all; default: their mean")
-    _add(parser, "--reduce", choices=("none", "mean", "max", "rollout"), help="how heads, or layers, become one map")
+    how = "how heads, or layers, become one map; default: mean, or none with --head"
+    _add(parser, "--reduce", choices=("none", "mean", "max", "rollout"), help=how)
 
 
 def chosen(text: str) -> Any:
