@@ -38,20 +38,20 @@ proto: $(DEV)  ## regenerate the gRPC stubs from proto/
 	$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=service/rpc/pb --pyi_out=service/rpc/pb \
 	    attnd/v1/inference.proto
 
-train-sentiment: $(DEV)  ## fine-tune `sentiment` on SST-2
+train-sentiment: $(DEV)  ## fine-tune `sentiment` and its teacher on SST-2 and IMDb (hours)
 	$(BIN)/python -m pip install -q --no-deps -r model/recipes/sentiment.txt
 	$(BIN)/python -m model.recipes.sentiment $(ARGS)
 
-train-translation: $(DEV)  ## train English to German from scratch, on Multi30k and Tatoeba
+train-translation: $(DEV)  ## train English to German from scratch, on Multi30k and Tatoeba (hours)
 	$(BIN)/python -m model.recipes.translation $(ARGS)
 
-export-sentiment: $(DEV)  ## turn a checkpoint into a bundle, and verify it
+export-sentiment: $(DEV)  ## turn its checkpoint into a bundle, and verify it
 	$(BIN)/python -m model.export runs/sentiment/best --out model/zoo/sentiment $(ARGS)
 
 export-chat: $(DEV)  ## SmolLM2 from its package into the shipped graph, and verify it (minutes)
 	$(BIN)/python -m model.recipes.chat --out model/zoo/chat $(ARGS)
 
-export-translation: $(DEV)  ## turn the translation checkpoint into a bundle, and verify it
+export-translation: $(DEV)  ## turn its checkpoint into a bundle, and verify it
 	$(BIN)/python -m model.export_translator runs/translation/everyday --out model/zoo/translation $(ARGS)
 
 bench-classify: $(DEV)  ## measure `sentiment` beside its peers; the last line is JSON

@@ -10,7 +10,6 @@ import json
 import logging
 import random
 import shutil
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,12 +20,13 @@ import onnx
 import onnxruntime
 import torch
 
+from model.commands import run
 from model.config import ModelConfig
 from model.data import Row, read_sst2
 from model.packed import INPUT_AXES, PackedClassifier
 from model.quantize import Batch, calibrate, quantize
 from model.tokenization import encode, load_tokenizer
-from model.train import load_checkpoint
+from model.train import CHECKPOINT_HELP, load_checkpoint
 from model.verify import verify
 from service.worker.bundle import (
     MANIFEST,
@@ -205,7 +205,7 @@ def sample(rows: Sequence[Row], tokenizer: Path, max_length: int) -> list[list[i
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help=CHECKPOINT_HELP)
     parser.add_argument("--out", type=Path, required=True, help="the bundle's directory; replaced if it is there")
     parser.add_argument("--data", type=Path, help="folder with train.tsv (for int8) and dev.tsv (for accuracy)")
     parser.add_argument("--id", help="the model's id (default: the name of --out)")
@@ -232,4 +232,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -9,20 +9,20 @@ and the bundle in int8; what fails is not left behind.
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from model.commands import run
 from model.config import ModelConfig
 from model.export_decoder import Options, graph_spec, manifest
 from model.pairs import Pair
 from model.recipes.translation import DATA_HELP
 from model.recipes.translation_corpora import everyday_corpus
 from model.subwords import END_ID, START_ID, subwords_of
-from model.train import load_checkpoint
+from model.train import CHECKPOINT_HELP, load_checkpoint
 from model.transformer import EncoderDecoder
 from model.translator_graph import build_translator
 from model.translator_quality import Sets
@@ -106,7 +106,7 @@ def export_verified(checkpoint: Path, out: Path, chosen: Options, *, training: S
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help=CHECKPOINT_HELP)
     parser.add_argument("--out", type=Path, required=True, help="the bundle's directory; replaced if it is there")
     parser.add_argument("--data", type=Path, help=f"for int8 and BLEU: {DATA_HELP}")
     parser.add_argument("--licence", default="Apache-2.0")
@@ -120,4 +120,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -28,6 +28,7 @@ from model.data import Batch, Batches
 from model.optimizer import depth, learning_rate_scale, parameter_groups
 from model.transformer import Classifier
 
+CHECKPOINT_HELP = "folder that a training wrote: model.safetensors, config.json, tokenizer.json, train.json"
 Loss = Callable[[nn.Module, Any], Tensor]  # of a model and a batch
 M = TypeVar("M", bound=nn.Module)
 

@@ -8,7 +8,6 @@ Every check runs, whatever the others say, and states what it found.
 
 import argparse
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,12 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.commands import run
 from model.config import ModelConfig
 from model.data import Examples, Row, one_hot, read_sst2
 from model.evaluate import predict
 from model.packed import INPUT_AXES, output_axes
 from model.tokenization import encode, load_tokenizer
-from model.train import load_checkpoint
+from model.train import CHECKPOINT_HELP, load_checkpoint
 from model.transformer import Classifier
 from service.worker.bundle import TOKENIZER, Bundle, TensorSpec, file_spec, load_bundle
 from service.worker.classification.engine import GRAPH, ClassificationEngine, Tokens, Weights
@@ -276,7 +276,7 @@ def judged(measured: dict[str, Any], subject: Subject) -> tuple[bool, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help=CHECKPOINT_HELP)
     parser.add_argument("--data", type=Path, help="folder with dev.tsv")
     flags = parser.parse_args(arguments)
     report = verify(flags.bundle, flags.checkpoint, rows=read_sst2(flags.data / "dev.tsv") if flags.data else ())
@@ -285,4 +285,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

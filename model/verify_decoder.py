@@ -8,7 +8,6 @@ check runs, whatever the others say, and states what it found.
 
 import argparse
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from model import decoder_attention_graph, decoder_graph
+from model.commands import run
 from model.config import ModelConfig
 from model.export_decoder import ATTENTION_GRAPH, GRAPH, SMOOTHING_FILE, WEIGHTS_FILE, tensors_of
 from model.importers.gguf import load_gguf
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="GGUF file")
     parser.add_argument("--text", type=Path, help="WikiText-2's test.txt, for perplexity")
     flags = parser.parse_args(arguments)
     checkpoint = load_gguf(flags.checkpoint)
@@ -255,4 +255,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

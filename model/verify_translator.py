@@ -7,7 +7,6 @@ check runs, whatever the others say, and states what it found.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +19,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from model.commands import run
 from model.config import ModelConfig
 from model.data import pad
 from model.recipes.translation import DATA_HELP
 from model.recipes.translation_corpora import everyday_corpus
 from model.search import beam_search
 from model.subwords import PAD_ID, START_ID, load_subwords, subwords_of
-from model.train import load_checkpoint
+from model.train import CHECKPOINT_HELP, load_checkpoint
 from model.transformer import EncoderDecoder
 from model.translator_graph import interfaces
 from model.translator_quality import NUM_BEAMS, SEARCHES, Ids, Logits, Sets, Written, quality, search, write
@@ -280,7 +280,7 @@ def sources_of(config: ModelConfig, subwords: Tokenizer, sets: Sets) -> list[lis
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help=CHECKPOINT_HELP)
     parser.add_argument("--data", type=Path, help=DATA_HELP)
     flags = parser.parse_args(arguments)
     config, model = load_checkpoint(flags.checkpoint, EncoderDecoder)
@@ -295,4 +295,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -58,4 +58,6 @@ def test_prompts_and_samples_are_texts_of_the_model(tmp_path: Path) -> None:
     assert len(prompts) == 20
     assert all(ids[0] == tokenizer.token_to_id("<|im_start|>") for ids in prompts)
     assert all(100 < len(ids) <= 512 for ids in samples(tokenizer)[-2:])
-    assert read_text(tokenizer, None) == read_text(tokenizer, tmp_path / "absent") == []
+    assert read_text(tokenizer, None) == []
+    with pytest.raises(FileNotFoundError):
+        read_text(tokenizer, tmp_path / "absent")

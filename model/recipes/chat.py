@@ -9,7 +9,6 @@ and ships graph, scales, template and manifest. The weights stay in the package:
 import argparse
 import inspect
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from model.commands import run
 from model.export_decoder import WEIGHTS_FILE, Options, export_decoder, tensors_of
 from model.importers.gguf import Checkpoint, load_gguf
 from model.smoothing import calibrate
@@ -73,8 +73,8 @@ def prompt_ids(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def read_text(tokenizer: Tokenizer, path: Path | None) -> list[int]:
-    """The beginning of a long text; nothing when there is none."""
-    if path is None or not path.exists():
+    """The beginning of a long text; nothing when none is named."""
+    if path is None:
         return []
     return tokenizer.encode(path.read_text(encoding="utf-8")[: 8 * NUM_TEXT_TOKENS]).ids[:NUM_TEXT_TOKENS]
 
@@ -147,4 +147,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

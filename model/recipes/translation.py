@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_model
 from tokenizers import Tokenizer
 
+from model.commands import run
 from model.config import ModelConfig
 from model.curve import Metrics
 from model.evaluate import Score, bleu, chrf, moses_tokens
@@ -248,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
