@@ -39,6 +39,7 @@ from service.worker.generation import attend
 from service.worker.generation.attended_text import AttendedText
 from service.worker.generation.attention_graph import AttentionGraph
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
+from service.worker.generation.sentences import as_read, sentence_spans
 from service.worker.tokenizer import HUGE_TEXT
 
 tiny = pytest.importorskip("tiny", reason="the truth is computed with torch", exc_type=ImportError)
@@ -228,6 +229,45 @@ async def test_a_translator_has_three_kinds(translation: Running, way: str, targ
         np.testing.assert_allclose(stacked(result, kind), weights, atol=1e-4, err_msg=kind)
         np.testing.assert_allclose(stacked(result, kind).sum(-1), 1, atol=1e-5)
     assert stacked(result, "cross").shape[2:] == (len(written), len(source))
+
+
+@pytest.mark.parametrize("text", ["  A dog. \n", "* * *\nA dog \t reads\u200b a book. 42", "Mr. A reads."])
+async def test_a_translator_reads_the_sentence_that_generate_reads(translation: Running, text: str) -> None:
+    result = await translation.local.attention(asking(text), call())
+    ids, written = await generated(translation, prompt=text, max_tokens=6)
+    assert ids_of(result.target_tokens) == [1, *ids]
+    assert result.prediction.text
+    assert result.prediction.text in written
+    (start, end) = next(sentence_spans(text))
+    tokenizer = tiny_translator.subwords()
+    assert ids_of(result.tokens) == tokenizer.encode(as_read(text[start:end])).ids
+    places = sorted({at for one in result.tokens if not one.special for at in range(one.start, one.end)})
+    assert places == list(range(start, end))
+
+
+@pytest.mark.parametrize("way", ["local", "remote"])
+@pytest.mark.parametrize("target", [None, "Ein Hund."])
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("A dog. A book.", "2 sentences, at most 1"),
+        ("A dog\nreads. A book?\n\nIt reads.", "4 sentences, at most 1"),
+        ("A dog. " * 200, "more than 128 sentences, at most 1"),
+        ("", "nothing to translate"),
+        ("\n* * *", "nothing to translate"),
+    ],
+)
+async def test_a_translator_attends_to_one_sentence(
+    translation: Running, way: str, target: str | None, text: str, has: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=f"^text has {has}") as refused:
+        await reached(translation, way).attention(AttentionRequest(text=text, target=target), call())
+    assert (refused.value.param, refused.value.code) == ("text", "invalid_request")
+
+
+async def test_several_sentences_are_refused_over_http(translation: Running) -> None:
+    reply = await translation.ask(text="A dog. A book.")
+    assert (reply.status, reply.json["error"]["param"], reply.json["error"]["code"]) == (422, "text", "invalid_request")
 
 
 async def test_tokens_of_a_translation_say_where_they_stand(translation: Running) -> None:

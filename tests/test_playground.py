@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from fake_maps import fake_explanation, weights_of
+from fake_maps import fake_attention, fake_explanation, weights_of
 from fakes import CHAT, MODEL, FakeBackend, fake_scores, until
 
 pytest.importorskip("playwright", reason="the page's tests need playwright (the dev extra)")
@@ -227,13 +227,14 @@ async def test_a_server_that_is_gone_is_said(at: Opened) -> None:
 
 async def test_a_translation_streams_and_is_aligned(at: Opened) -> None:
     await at.serve_maps()
+    source = "one two three four five six"
+    await answer(at.page, "/v1/attention", lambda body: fake_attention(body | {"target": source}))
     await at.show("translation")
-    await at.page.fill("#translation-text", "one two three four five six")
+    await at.page.fill("#translation-text", source)
     await at.page.click("#panel-translation .send")
     await at.text(".output").to_have_text("one two three four five six ")
     await at.text("#panel-translation > .halves .stats").to_contain_text("6 tokens")
-    body = {"model": "translation", "prompt": "one two three four five six", "stream": True}
-    assert at.watch.bodies("/v1/generate") == [body]
+    assert at.watch.bodies("/v1/generate") == [{"model": "translation", "prompt": source, "stream": True}]
     await at.page.hover(".alignment .queries .token >> nth=2")
     weight = weights_of(5, 5, 7, 7)[2][3]
     await at.text(".alignment .keys .token >> nth=3").to_have_attribute("data-weight", f"{weight:.2f}")
@@ -242,8 +243,8 @@ async def test_a_translation_streams_and_is_aligned(at: Opened) -> None:
     await at.page.hover(".alignment .queries .token >> nth=4")
     weight = weights_of(1, 1, 7, 7)[4][5]
     await at.text(".alignment .keys .token >> nth=5").to_have_attribute("data-weight", f"{weight:.2f}")
-    body = at.watch.bodies("/v1/attention")[0]
-    assert (body["target"], body["kind"], body["reduce"]) == ("one two three four five six ", "cross", "mean")
+    wanted = {"kind": "cross", "layers": "all", "reduce": "mean", "encoding": "base64"}
+    assert at.watch.bodies("/v1/attention") == [{"text": source, "model": "translation"} | wanted]
 
 
 async def run_python(code: str) -> str:

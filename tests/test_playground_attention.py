@@ -232,15 +232,15 @@ async def test_a_translation_and_its_own_alignment_are_shown(page: Page, models:
         await at.page.click("#panel-translation .send")
         await at.text("#panel-translation .alignment").to_be_visible()
         (asked,) = at.watch.bodies("/v1/attention")
-        assert asked["target"] == await at.page.locator("#panel-translation .output").inner_text()
         truth = await models.attention(
-            AttentionRequest(text=asked["text"], target=asked["target"], kind="cross", layers="all", reduce="mean"),
-            call(),
+            AttentionRequest(text=asked["text"], kind="cross", layers="all", reduce="mean"), call()
         )
+        written = truth.prediction.text
+        assert written == await at.page.locator("#panel-translation .output").inner_text()
         await at.text("#panel-translation .queries .token").to_have_count(len(truth.target_tokens))
         await at.text("#panel-translation .keys .token").to_have_count(len(truth.tokens))
         if len(truth.target_tokens) > 1:  # a row is shown beside the token that it chose
-            await at.text("#panel-translation .queries .token >> nth=0").to_have_text(labelled(truth, asked["target"]))
+            await at.text("#panel-translation .queries .token >> nth=0").to_have_text(labelled(truth, written))
         await at.text("#panel-translation .queries .token >> nth=-1").to_have_text("(end)")
         weights = array_of(truth.maps[-1])[0][1]
         await at.page.hover("#panel-translation .queries .token >> nth=1")
@@ -248,6 +248,21 @@ async def test_a_translation_and_its_own_alignment_are_shown(page: Page, models:
         await at.text(f"#panel-translation .keys .token >> nth={best}").to_have_attribute(
             "data-weight", f"{weights[best]:.2f}"
         )
+
+
+async def test_several_sentences_have_no_alignment_and_the_page_says_so(page: Page, models: Any) -> None:
+    async with opened(page, models) as at:
+        await at.show("translation")
+        for text, is_shown in (("I read. I write.", False), ("I read.", True), ("I read.\nI write.", False)):
+            await at.page.fill("#panel-translation textarea", text)
+            await at.page.click("#panel-translation .send")
+            error = at.text("#panel-translation .alignment .error")
+            if is_shown:
+                await error.to_be_hidden()
+            else:
+                await error.to_contain_text(": text has 2 sentences, at most 1 can be attended to")
+            for part in (".map", "select"):
+                await at.text(f"#panel-translation .alignment {part} >> nth=0").to_be_visible(visible=is_shown)
 
 
 async def test_a_translator_s_three_kinds_are_shown(page: Page, models: Any) -> None:

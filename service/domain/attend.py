@@ -69,8 +69,9 @@ class AttentionRequest:
 
     A model that classifies reads the text; its encoder attends to it. One that continues texts reads it as a prompt,
     just as it stands (no chat template), and writes on; its decoder attends to the prompt and to what it wrote. One
-    that translates reads it as one source (not sentence by sentence) and writes the translation; it has three kinds:
-    encoder (source to source), decoder (translation to translation) and cross (translation to source).
+    that translates reads its sentence (as for `generate`, without what stands around it; a text of several is refused)
+    and writes the translation of that; it has three kinds: encoder (source to source), decoder (translation to
+    translation) and cross (translation to source).
 
     `layers` None: the last one, and for a rollout all of them. `reduce`: every chosen head as it is (none), the mean or
     the greatest weight over them, one map a layer; or the rollout over the chosen layers, one map. `kind` None: all

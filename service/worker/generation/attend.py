@@ -1,6 +1,7 @@
 """Where a model that writes looked: what it reads, what it writes or is to have written, and the maps of both.
 
-The generator that serves everyone writes the text, so that the prediction is the served one. Then one run of another
+The generator that serves everyone writes the text, so that the prediction is the served one; of a text to translate,
+which it would get sentence by sentence, there may be one. Then one run of another
 graph reads prompt and output once more, in a thread of its own: one such run at a time, beside the engine's steps. How
 large the maps can get is known, and refused, before anything is written. Knows no queue and no slot.
 """
@@ -12,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from service.domain import (
+    MAX_OUTPUTS,
     AttendedToken,
     AttentionMap,
     AttentionMaps,
@@ -33,6 +36,7 @@ from service.worker.bundle import Bundle
 from service.worker.generation.attended_text import AttendedText, Written
 from service.worker.generation.attention_graph import GRAPH, AttentionGraph
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
+from service.worker.generation.sentences import as_read, places_as_read, sentence_spans
 from service.worker.long_texts import LongTexts
 from service.worker.tokenizer import HUGE_TEXT
 
@@ -85,7 +89,7 @@ class Attending:
                 raise InvalidRequest(f"{name} is for models that classify, {self._id} writes", param=name)
         views = views_of(request, self._graph.sizes)
         most = self._max_tokens - (not self._is_translator)
-        read = await self._told(partial(self._read, self._text.read, "text", request.text, most), request.text, call)
+        read = await self._told(partial(self._read_text, request.text, most), request.text, call)
         self._check_length("text", len(read), most=most)
         if request.target is None:
             options = self._options(request, read)
@@ -102,6 +106,15 @@ class Attending:
         now = call.progress.finished = time.monotonic()
         usage, timing = Usage(prompt_tokens=len(read), truncated=0), call.progress.timing(now)
         return AttentionMaps(self._id, GRAPH, read, written.tokens, maps, Prediction(text=written.text), usage, timing)
+
+    def _read_text(self, text: str, most: int) -> tuple[AttendedToken, ...]:
+        """Of a text to translate its sentence, as `translate` has it read. Raises as `_read` does."""
+        if not self._is_translator:
+            return self._read(self._text.read, "text", text, most)
+        start, end = _sentence_of(text)
+        tokens = self._read(self._text.read, "text", as_read(text[start:end]), most)
+        at = places_as_read(text, start, end)
+        return tuple(one if one.special else replace(one, start=at[one.start], end=at[one.end]) for one in tokens)
 
     def _read(self, read: Callable[[str], Told], param: str, text: str, most: int) -> Told:
         """Of a huge text the tokens are counted before they are named. Raises TooLarge and InvalidRequest."""
@@ -170,6 +183,18 @@ class Attending:
             raise Unavailable("the server is stopping", code="draining") from None
         except Exception as error:
             raise EngineFailed(f"the attention graph of {self._id} failed") from error
+
+
+def _sentence_of(text: str) -> tuple[int, int]:
+    """(start, end) of the only one. Raises InvalidRequest."""
+    spans = list(islice(sentence_spans(text), MAX_OUTPUTS + 1))
+    if not spans:
+        raise InvalidRequest("text has nothing to translate", param="text")
+    if len(spans) > 1:
+        found = f"{len(spans)}" if len(spans) <= MAX_OUTPUTS else f"more than {MAX_OUTPUTS}"
+        message = f"text has {found} sentences, at most 1 can be attended to: ask for each by itself"
+        raise InvalidRequest(message, param="text")
+    return spans[0]
 
 
 @asynccontextmanager

@@ -17,6 +17,7 @@ from itertools import chain
 # White space, control characters, and the marks of Unicode that have no width.
 _BLANK = r"[\s\x00-\x1f\x7f-\x9f\u200b\u2060\ufeff]"
 BLANKS = re.compile(rf"{_BLANK}++")
+CHARACTER = re.compile(rf"{_BLANK}++|.", re.DOTALL)  # that is read as one
 UNPADDED = re.compile(rf"(?!{_BLANK}).(?:.*(?!{_BLANK}).)?", re.DOTALL)  # from the first to the last that is not blank
 LINE = re.compile(r"[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 # Quotes and brackets, and the marks of emphasis: straight, curly and angular.
@@ -67,6 +68,11 @@ def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
 def as_read(sentence: str) -> str:
     """With a space for whatever else is blank: a translator has seen nothing but single spaces."""
     return BLANKS.sub(" ", sentence)
+
+
+def places_as_read(text: str, start: int, end: int) -> list[int]:
+    """Where in `text` each character stands that is read of its sentence from `start` to `end`; and `end`."""
+    return [*(found.start() for found in CHARACTER.finditer(text, start, end)), end]
 
 
 def _ends(text: str, start: int, stop: int) -> Iterator[int]:

@@ -32,7 +32,7 @@ export function translationPanel(panel, models, can) {
           request.timed(event.timing.total_seconds, watch.elapsed, event.usage);
         }
       }
-      if (can.attention) alignment.show({text: source, target: output.textContent, model: select.value});
+      if (can.attention) alignment.show({text: source, model: select.value});
     } catch (failure) {
       if (!isAbort(failure)) say(error, failure.message);
       else if (latest.isCurrent(signal)) stats.textContent = "Stopped";
@@ -67,8 +67,9 @@ export function translationPanel(panel, models, can) {
   return {open() {}};
 }
 
-// The decoder's attention to the source, the mean over its heads: columns are what was read, rows what was written. A
-// map's row is where the decoder looked as it read a token, to choose the next one: that one is shown beside it.
+// The decoder's attention to a source of one sentence, which the server translates once more: the mean over its heads.
+// Columns are what was read, rows what was written. A map's row is where the decoder looked as it read a token, to choose
+// the next one: that one is shown beside it.
 function alignmentBox(box) {
   const select = box.querySelector("select"), error = box.querySelector(".error");
   const view = mapView(box.querySelector(".map"), {queries: "Translation", keys: "Source"});
@@ -97,6 +98,7 @@ function alignmentBox(box) {
       } catch (failure) {
         if (isAbort(failure)) return;
         box.hidden = failure.status === 404;
+        select.parentElement.hidden = true;
         view.clear();
         request.failed();
         return say(error, failure.message);
@@ -105,7 +107,7 @@ function alignmentBox(box) {
       maps = reply.maps.map(unpack);
       select.replaceChildren(...maps.map(map => element("option", {textContent: layerName(map)})));
       select.selectedIndex = maps.length - 1;
-      box.hidden = false;
+      select.parentElement.hidden = box.hidden = false;
       draw();
     },
   };
