@@ -12,7 +12,6 @@ Each stage has its own folder under --out; a stage that is done is skipped, one 
 
 import argparse
 import importlib.util
-import json
 import random
 import sysconfig
 import zipfile
@@ -22,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from model.commands import run
 from model.config import ModelConfig
@@ -44,6 +41,7 @@ from model.data import (
 from model.evaluate import accuracy, mean_loss, predict
 from model.importers.bert import load_bert
 from model.importers.mpnet import load_mpnet
+from model.recipes.sentiment_taught import chunks_of, read_taught, teach
 from model.tokenization import encode, load_tokenizer
 from model.train import Metrics, Run, TrainConfig, load_checkpoint, save_checkpoint, train
 
@@ -54,7 +52,6 @@ NUM_FROZEN = 4  # lower blocks of the teacher that keep their weights
 HARD = 0.3  # share of the label in a student's targets, the rest is the teacher's
 DATA = ["SST-2", "IMDb sentences, labelled by the teacher"]
 STAGES = ("plain", "teacher", "taught", "best")
-CHUNK = 2000  # texts that the teacher labels between two saves
 
 PLAIN = TrainConfig(learning_rate=5e-5, epochs=2, batch_size=32, average=0.98, precision="bfloat16", seed=1)
 TEACHER = TrainConfig(
@@ -176,28 +173,6 @@ def texts_to_teach(splits: Splits, imdb: Path, *, num_imdb: int = 48_000, min_wo
     return whole + foreign[:num_imdb] + longer
 
 
-def teach(folder: Path, teacher: Path, texts: list[str], *, num_texts: int) -> None:
-    """Writes the teacher's logits for the first `num_texts` texts, a file a chunk; a chunk that is there is kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "texts.json").write_text(json.dumps(texts[:num_texts]))
-    config, model = load_checkpoint(teacher)
-    tokenizer = load_tokenizer(teacher / "tokenizer.json", MAX_LENGTH)
-    for start in tqdm(range(0, num_texts, CHUNK), desc="taught", unit="chunk", mininterval=5):
-        path = folder / f"{start:06d}.safetensors"
-        if not path.exists():
-            ids = encode(tokenizer, texts[start : min(start + CHUNK, num_texts)])
-            asked = Examples(ids, torch.zeros(len(ids), len(LABELS)))
-            logits = predict(model, asked, pad_id=config.pad_id, precision=torch.bfloat16)
-            save_file({"logits": logits}, path)
-
-
-def read_taught(folder: Path) -> dict[str, Tensor]:
-    """Text -> the teacher's logits."""
-    texts = json.loads((folder / "texts.json").read_text())
-    logits = torch.cat([load_file(path)["logits"] for path in sorted(folder.glob("*.safetensors"))])
-    return dict(zip(texts, logits, strict=False))  # the last chunks may be missing
-
-
 def mixed(rows: list[Row], taught: dict[str, Tensor], tokenizer: Tokenizer, *, hard: float) -> Examples:
     """SST-2 rows, targets a share `hard` of the label and the rest the teacher's, and the teacher's other texts."""
     labels = one_hot([row.label for row in rows])
@@ -212,12 +187,11 @@ def mixed(rows: list[Row], taught: dict[str, Tensor], tokenizer: Tokenizer, *, h
     return Examples(encode(tokenizer, texts), torch.stack(targets + [soft[text] for text in foreign]))
 
 
-def train_student(folder: Path, start: Path, taught: Path, splits: Splits) -> None:
-    """Goes on from `start` on what the teacher was asked; the embeddings stay, which saves a fifth of an update."""
+def train_student(folder: Path, start: Path, views: dict[str, Tensor], splits: Splits) -> None:
+    """Goes on from `start` on the teacher's `views`; the embeddings stay, which saves a fifth of an update."""
     config, model = load_checkpoint(start)
     freeze_lower(model, 0)
     tokenizer = load_tokenizer(start / "tokenizer.json", MAX_LENGTH)
-    views = read_taught(taught)
     rows = [row for row in splits.training if row.text in views]
     run = Run(folder, model, BEST, examples=mixed(rows, views, tokenizer, hard=HARD), pad_id=config.pad_id)
     score = scorer(model, splits, tokenizer, config.pad_id, with_dev=True)
@@ -292,10 +266,14 @@ def main() -> None:
         train_plain(out / "plain", sources, splits)
     if "teacher" in wanted and not (out / "teacher" / "train.json").exists():
         train_teacher(out / "teacher", sources, splits)
-    if "taught" in wanted:
-        teach(out / "taught", out / "teacher", texts_to_teach(splits, sources.imdb), num_texts=flags.num_taught)
-    if "best" in wanted and not (out / "best" / "train.json").exists():
-        train_student(out / "best", out / "plain", out / "taught", splits)
+    is_done = (out / "best" / "train.json").exists()
+    if flags.stage == "taught" or ("best" in wanted and not is_done):
+        texts = texts_to_teach(splits, sources.imdb)[: flags.num_taught]
+        asked = chunks_of(out / "taught", out / "teacher", texts, max_length=MAX_LENGTH)
+        if "taught" in wanted:
+            teach(asked, out / "teacher", max_length=MAX_LENGTH)
+        if "best" in wanted:
+            train_student(out / "best", out / "plain", read_taught(asked), splits)
 
 
 if __name__ == "__main__":
