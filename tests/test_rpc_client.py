@@ -39,6 +39,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.observed import Observed
+from service.rpc import client
 from service.rpc.client import RemoteBackend
 from service.rpc.server import RpcServer
 
@@ -61,6 +62,40 @@ ERRORS = [
 
 def call(seconds: float = 10.0, request_id: str = "trace-1") -> Call:
     return Call(request_id, "/v1/classify", time.monotonic() + seconds)
+
+
+class Relay:
+    """Passes on what a worker and its gateway say to each other, until `freeze`: then the worker seems to hang."""
+
+    def __init__(self, address: str) -> None:
+        self._port = int(address.rsplit(":", 1)[1])
+        self._pumps: list[asyncio.Task[None]] = []
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> "Relay":
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.freeze()
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers += [writer, far_writer]
+        self._pumps += [asyncio.create_task(_pump(*ends)) for ends in ((reader, far_writer), (far_reader, writer))]
+
+    def freeze(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65_536):
+        writer.write(data)
 
 
 class Workers:
@@ -201,6 +236,24 @@ async def test_a_worker_that_comes_back_is_used_again(workers: Workers, backend:
                 return
             await asyncio.sleep(0.02)
     pytest.fail("the worker that came back was never asked again")
+
+
+async def test_a_worker_that_hangs_fails_what_it_has_for_another(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all times of the channel a twentieth: 1.25 s instead of 25, where the core's own default is 60 more."""
+    times = {name: value // 20 for name, value in client._OPTIONS if "keepalive" in name or "ping" in name}
+    monkeypatch.setattr(client, "_OPTIONS", tuple((dict(client._OPTIONS) | times).items()))
+    backends = [FakeBackend(), FakeBackend()]
+    async with Relay(await workers.start(backends[0])) as relay:
+        remote = workers.remote(relay.address, await workers.start(backends[1]))
+        backends[0].hold()
+        held = asyncio.create_task(remote.classify(REQUEST, call()))
+        await until(lambda: backends[0].num_waiting == 1)
+        relay.freeze()
+        async with asyncio.timeout(5):
+            assert (await held).model == "sentiment"
+    assert len(backends[1].requests) == 1
 
 
 async def test_models_are_those_of_all_workers(workers: Workers) -> None:

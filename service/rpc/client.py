@@ -38,8 +38,10 @@ _OPTIONS = (
     # The gateway has already bounded what it accepts, and what a worker answers is as long as it is.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # A worker that hangs fails its calls after 25 s: it is pinged after 20 s without a word, and has 5 s to answer.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # the one that the core goes by, its default is 60 s
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # Names with several addresses (a headless service) are spread over all of them.
