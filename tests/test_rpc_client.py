@@ -39,7 +39,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.observed import Observed
-from service.rpc import client
+from service.rpc import channel
 from service.rpc.client import RemoteBackend
 from service.rpc.server import RpcServer
 
@@ -211,7 +211,7 @@ async def test_a_worker_that_is_not_ready_is_unavailable(workers: Workers, backe
 
 
 async def test_a_worker_that_never_answers_is_unavailable(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.rpc.client.MODELS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("service.rpc.channel.MODELS_TIMEOUT_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -242,8 +242,8 @@ async def test_a_worker_that_hangs_fails_what_it_has_for_another(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all times of the channel a twentieth: 1.25 s instead of 25, where the core's own default is 60 more."""
-    times = {name: value // 20 for name, value in client._OPTIONS if "keepalive" in name or "ping" in name}
-    monkeypatch.setattr(client, "_OPTIONS", tuple((dict(client._OPTIONS) | times).items()))
+    times = {name: value // 20 for name, value in channel._OPTIONS if "keepalive" in name or "ping" in name}
+    monkeypatch.setattr(channel, "_OPTIONS", tuple((dict(channel._OPTIONS) | times).items()))
     backends = [FakeBackend(), FakeBackend()]
     async with Relay(await workers.start(backends[0])) as relay:
         remote = workers.remote(relay.address, await workers.start(backends[1]))

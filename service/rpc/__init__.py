@@ -10,5 +10,6 @@ reflection.py  grpc.reflection.v1 and v1alpha
 codec/         protobuf <-> domain, one file a method
 errors.py      the exception tree <-> status codes with google.rpc details
 client.py      RemoteBackend: the seam again, answered by workers
+channel.py     WorkerChannel: one of them, over its channel
 pb/            generated from proto/ by `make proto`; never edited
 """

@@ -9,9 +9,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
-
-import grpc
+from typing import TypeVar
 
 from service.config import Settings
 from service.domain import (
@@ -26,33 +24,9 @@ from service.domain import (
     GenerateRequest,
     ModelInfo,
 )
-from service.errors import AttndError, ConfigError, DeadlineExceeded, NotFound, Unavailable, Unsupported
-from service.rpc.codec import attend, classify, generate, models
-from service.rpc.errors import DETAILS_KEY, error_from
-from service.rpc.inference import ATTENTION, CLASSIFY, EXPLAIN, GENERATE, LIST_MODELS
-from service.rpc.methods import REQUEST_ID
-
-MODELS_TIMEOUT_S = 2.0  # a worker that takes longer to say what it serves is not ready
-
-_OPTIONS = (
-    # The gateway has already bounded what it accepts, and what a worker answers is as long as it is.
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # A worker that hangs fails its calls after 25 s: it is pinged after 20 s without a word, and has 5 s to answer.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # the one that the core goes by, its default is 60 s
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Names with several addresses (a headless service) are spread over all of them.
-    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
-    ("grpc.enable_retries", 0),
-)
-
-
-_END: Any = vars(grpc.aio)["EOF"]  # missing from its type stubs
-
-_Metadata = tuple[tuple[str, str], ...]
+from service.errors import AttndError, ConfigError, NotFound, Unavailable, Unsupported
+from service.rpc.channel import WorkerChannel
+from service.rpc.codec import attend, classify, generate
 
 Answer = TypeVar("Answer")
 
@@ -66,7 +40,7 @@ class RemoteBackend:
     def __init__(self, addresses: Sequence[str], settings: Settings) -> None:
         if not addresses:
             raise ConfigError("worker: a gateway needs the address of one at least", param="worker")
-        self._workers = [_Worker(address, settings.api_key) for address in addresses]
+        self._workers = [WorkerChannel(address, settings.api_key) for address in addresses]
         self._turns = itertools.count()
 
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
@@ -81,7 +55,7 @@ class RemoteBackend:
         message = attend.explain_request_bytes(request)
         return await self._first_answer(lambda worker: worker.explain(message, call))
 
-    async def _first_answer(self, ask: Callable[["_Worker"], Awaitable[Answer]]) -> Answer:
+    async def _first_answer(self, ask: Callable[[WorkerChannel], Awaitable[Answer]]) -> Answer:
         """Of the first worker that can be reached and has a fit model; otherwise the failure that says most."""
         failures: list[AttndError] = []
         for worker in self._in_order():
@@ -121,109 +95,9 @@ class RemoteBackend:
     async def aclose(self) -> None:
         await asyncio.gather(*(worker.aclose() for worker in self._workers))
 
-    def _in_order(self) -> list["_Worker"]:
+    def _in_order(self) -> list[WorkerChannel]:
         """The workers to try: reachable before unreachable, then the least busy, then in turn."""
         first = next(self._turns) % len(self._workers)
         rotated = self._workers[first:] + self._workers[:first]
         now = time.monotonic()
         return sorted(rotated, key=lambda worker: (worker.down_until > now, worker.num_open))
-
-
-class _Worker:
-    """One worker's channel, how busy it is, and until when it is not worth trying first."""
-
-    def __init__(self, address: str, api_key: str) -> None:
-        self.address = address
-        self.num_open = 0
-        self.down_until = 0.0
-        self._authorization = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        channel: Any = grpc.aio.insecure_channel(address, options=_OPTIONS)  # its type stubs insist on serializers
-        self._channel = channel
-        self._classify = channel.unary_unary(CLASSIFY)
-        self._attention = channel.unary_stream(ATTENTION)
-        self._explain = channel.unary_unary(EXPLAIN)
-        self._generate = channel.unary_stream(GENERATE)
-        self._list_models = channel.unary_unary(LIST_MODELS)
-
-    async def classify(self, message: bytes, call: Call) -> Classification:
-        return classify.parse_classification(await self._counted(self._classify, message, call))
-
-    async def explain(self, message: bytes, call: Call) -> Explanation:
-        return attend.parse_explanation(await self._counted(self._explain, message, call))
-
-    async def attention(self, message: bytes, call: Call) -> AttentionMaps:
-        async with aclosing(self._replies(self._attention, message, call)) as replies:
-            return attend.parse_maps([reply async for reply in replies])
-
-    async def generate(self, message: bytes, call: Call) -> AsyncGenerator[Event, None]:
-        async with aclosing(self._replies(self._generate, message, call)) as replies:
-            async for reply in replies:
-                for event in generate.parse_events(reply):
-                    yield event
-
-    async def _counted(self, method: Any, message: bytes, call: Call) -> bytes:
-        timeout_s, metadata = _time_left(call), self._metadata(call)
-        self.num_open += 1
-        try:
-            return await self._ask(method, message, timeout_s, metadata)
-        finally:
-            self.num_open -= 1
-
-    async def _replies(self, method: Any, message: bytes, call: Call) -> AsyncGenerator[bytes, None]:
-        timeout_s, metadata = _time_left(call), self._metadata(call)
-        self.num_open += 1
-        stream = None
-        try:
-            stream = method(message, timeout=timeout_s, metadata=metadata)
-            # One message at a time: gRPC's flow control slows down a worker whose messages nobody takes.
-            while (reply := await stream.read()) is not _END:
-                self.down_until = 0.0
-                yield reply
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as failure:
-            raise self._error_of(failure) from None
-        finally:
-            self.num_open -= 1
-            if stream is not None:
-                stream.cancel()
-
-    async def models(self) -> list[ModelInfo]:
-        try:
-            return models.parse_models(await self._ask(self._list_models, b"", MODELS_TIMEOUT_S, self._authorization))
-        except DeadlineExceeded:
-            raise Unavailable(f"worker {self.address} does not answer") from None
-
-    async def aclose(self) -> None:
-        await self._channel.close()
-
-    async def _ask(self, method: Any, message: bytes, timeout_s: float, metadata: _Metadata) -> bytes:
-        try:
-            reply: bytes = await method(message, timeout=timeout_s, metadata=metadata)
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as failure:
-            raise self._error_of(failure) from None
-        self.down_until = 0.0
-        return reply
-
-    def _metadata(self, call: Call) -> _Metadata:
-        return ((REQUEST_ID, call.request_id), *self._authorization)
-
-    def _error_of(self, failure: grpc.aio.AioRpcError | grpc.aio.UsageError) -> AttndError:
-        """The error that the worker raised. Says when this worker is worth trying again."""
-        if isinstance(failure, grpc.aio.UsageError):  # the channel is closed
-            return Unavailable("the server is draining", code="draining")
-        error = error_from(failure.code(), failure.details() or "", _details_of(failure))
-        if isinstance(error, Unavailable):
-            self.down_until = time.monotonic() + error.retry_after_s
-        return error
-
-
-def _time_left(call: Call) -> float:
-    """Seconds until the deadline. Raises DeadlineExceeded."""
-    timeout_s = call.deadline - time.monotonic()
-    if timeout_s <= 0:
-        raise DeadlineExceeded("the deadline passed before a worker could be asked")
-    return timeout_s
-
-
-def _details_of(failure: grpc.aio.AioRpcError) -> bytes:
-    metadata: Any = failure.trailing_metadata() or ()
-    return next((value for key, value in metadata if key == DETAILS_KEY), b"")
