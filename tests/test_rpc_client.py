@@ -165,6 +165,20 @@ async def test_a_deadline_that_passes_at_the_worker(workers: Workers, backend: F
     await until(lambda: backend.num_cancelled == 1)
 
 
+async def test_what_grpc_says_is_for_the_log(
+    workers: Workers, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It names addresses, and speaks of streams."""
+    address = free_address()
+    with pytest.raises(Unavailable) as unreachable:
+        await workers.remote(address).classify(REQUEST, call())
+    assert unreachable.value.message == "a worker cannot be reached"
+    assert f"worker {address} is down: " in caplog.text
+    backend.hold()
+    with pytest.raises(DeadlineExceeded, match=r"^the deadline passed after 0\.[1-9]\d\d s$"):
+        await workers.remote(await workers.start(backend, request_timeout=60)).classify(REQUEST, call(0.1))
+
+
 async def test_a_deadline_that_has_passed_asks_nobody(workers: Workers, backend: FakeBackend) -> None:
     remote = workers.remote(await workers.start(backend))
     with pytest.raises(DeadlineExceeded):

@@ -1,11 +1,13 @@
 """WorkerChannel: one worker's gRPC channel, and what its gateway knows of it.
 
-Which worker is asked, and when another is, client.py decides.
+Which worker is asked, and when another is, client.py decides. What gRPC itself says of a failure names addresses and
+is for the log, not for callers.
 """
 
+import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -36,14 +38,14 @@ _OPTIONS = (
 
 _END: Any = vars(grpc.aio)["EOF"]  # missing from its type stubs
 
-_Metadata = tuple[tuple[str, str], ...]
+_log = logging.getLogger("attnd.rpc")
 
 
 class WorkerChannel:
     """One worker's channel, how busy it is, and until when it is not worth trying first."""
 
     def __init__(self, address: str, api_key: str) -> None:
-        self.address = address
+        self._address = address
         self.num_open = 0
         self.down_until = 0.0
         self._authorization = (("authorization", f"Bearer {api_key}"),) if api_key else ()
@@ -56,10 +58,10 @@ class WorkerChannel:
         self._list_models = channel.unary_unary(LIST_MODELS)
 
     async def classify(self, message: bytes, call: Call) -> Classification:
-        return classify.parse_classification(await self._counted(self._classify, message, call))
+        return classify.parse_classification(await self._reply(self._classify, message, call))
 
     async def explain(self, message: bytes, call: Call) -> Explanation:
-        return attend.parse_explanation(await self._counted(self._explain, message, call))
+        return attend.parse_explanation(await self._reply(self._explain, message, call))
 
     async def attention(self, message: bytes, call: Call) -> AttentionMaps:
         async with aclosing(self._replies(self._attention, message, call)) as replies:
@@ -71,59 +73,69 @@ class WorkerChannel:
                 for event in generate.parse_events(reply):
                     yield event
 
-    async def _counted(self, method: Any, message: bytes, call: Call) -> bytes:
-        timeout_s, metadata = _time_left(call), self._metadata(call)
-        self.num_open += 1
-        try:
-            return await self._ask(method, message, timeout_s, metadata)
-        finally:
-            self.num_open -= 1
-
-    async def _replies(self, method: Any, message: bytes, call: Call) -> AsyncGenerator[bytes, None]:
-        timeout_s, metadata = _time_left(call), self._metadata(call)
-        self.num_open += 1
-        stream = None
-        try:
-            stream = method(message, timeout=timeout_s, metadata=metadata)
-            # One message at a time: gRPC's flow control slows down a worker whose messages nobody takes.
-            while (reply := await stream.read()) is not _END:
-                self.down_until = 0.0
-                yield reply
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as failure:
-            raise self._error_of(failure) from None
-        finally:
-            self.num_open -= 1
-            if stream is not None:
-                stream.cancel()
-
     async def models(self) -> list[ModelInfo]:
+        begun = time.monotonic()
         try:
-            return models.parse_models(await self._ask(self._list_models, b"", MODELS_TIMEOUT_S, self._authorization))
-        except DeadlineExceeded:
-            raise Unavailable(f"worker {self.address} does not answer") from None
+            reply = await self._list_models(b"", timeout=MODELS_TIMEOUT_S, metadata=self._authorization)
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as failure:
+            error = self._error_of(failure, begun)
+            raise Unavailable("a worker does not answer") if isinstance(error, DeadlineExceeded) else error from None
+        self.down_until = 0.0
+        return models.parse_models(reply)
 
     async def aclose(self) -> None:
         await self._channel.close()
 
-    async def _ask(self, method: Any, message: bytes, timeout_s: float, metadata: _Metadata) -> bytes:
-        try:
-            reply: bytes = await method(message, timeout=timeout_s, metadata=metadata)
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as failure:
-            raise self._error_of(failure) from None
-        self.down_until = 0.0
-        return reply
+    async def _reply(self, method: Any, message: bytes, call: Call) -> bytes:
+        with self._open(call):
+            reply: bytes = await method(message, timeout=_time_left(call), metadata=self._metadata(call))
+            self.down_until = 0.0
+            return reply
 
-    def _metadata(self, call: Call) -> _Metadata:
+    async def _replies(self, method: Any, message: bytes, call: Call) -> AsyncGenerator[bytes, None]:
+        with self._open(call):
+            stream = method(message, timeout=_time_left(call), metadata=self._metadata(call))
+            try:
+                # One message at a time: gRPC's flow control slows down a worker whose messages nobody takes.
+                while (reply := await stream.read()) is not _END:
+                    self.down_until = 0.0
+                    yield reply
+            finally:
+                stream.cancel()
+
+    @contextmanager
+    def _open(self, call: Call) -> Iterator[None]:
+        """Around a call: it counts as open, and what gRPC raises becomes an error of ours."""
+        self.num_open += 1
+        try:
+            yield
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as failure:
+            raise self._error_of(failure, call.progress.begun) from None
+        finally:
+            self.num_open -= 1
+
+    def _metadata(self, call: Call) -> tuple[tuple[str, str], ...]:
         return ((REQUEST_ID, call.request_id), *self._authorization)
 
-    def _error_of(self, failure: grpc.aio.AioRpcError | grpc.aio.UsageError) -> AttndError:
-        """The error that the worker raised. Says when this worker is worth trying again."""
+    def _error_of(self, failure: grpc.aio.AioRpcError | grpc.aio.UsageError, begun: float) -> AttndError:
+        """The error that the worker raised, or what it means that gRPC ended a call that began at `begun`."""
         if isinstance(failure, grpc.aio.UsageError):  # the channel is closed
             return Unavailable("the server is draining", code="draining")
-        error = error_from(failure.code(), failure.details() or "", _details_of(failure))
+        details, said = _details_of(failure), failure.details() or ""
+        error = error_from(failure.code(), said, details)
         if isinstance(error, Unavailable):
-            self.down_until = time.monotonic() + error.retry_after_s
+            self._goes_down(said, error.retry_after_s)
+        elif isinstance(error, DeadlineExceeded) and not details:
+            return DeadlineExceeded(f"the deadline passed after {time.monotonic() - begun:.3f} s")
+        elif not details:
+            _log.error("worker %s: %s: %s", self._address, failure.code().name, said)
         return error
+
+    def _goes_down(self, reason: str, seconds: float) -> None:
+        now = time.monotonic()
+        if self.down_until <= now:
+            _log.warning("worker %s is down: %s", self._address, reason)
+        self.down_until = now + seconds
 
 
 def _time_left(call: Call) -> float:

@@ -52,6 +52,14 @@ _STATUS: dict[type[AttndError], StatusCode] = {
 _PROTO_NAMES = {"input": "inputs", "prompt": "prompts"}  # all others are the same
 _DOMAIN_NAMES = {proto: name for name, proto in _PROTO_NAMES.items()}
 _CLASS = {status: cls for cls, status in _STATUS.items()} | {StatusCode.INTERNAL: EngineFailed}
+# What it means where gRPC itself ends a call; its own words name addresses, and are for the log.
+_OF_GRPC: dict[StatusCode, tuple[type[AttndError], str]] = {
+    StatusCode.UNAVAILABLE: (Unavailable, "a worker cannot be reached"),
+    StatusCode.CANCELLED: (Unavailable, "the server is shutting down"),  # it came to a server that does
+    StatusCode.DEADLINE_EXCEEDED: (DeadlineExceeded, "the deadline passed"),
+    StatusCode.RESOURCE_EXHAUSTED: (TooLarge, "the message is larger than a worker takes"),  # trying again is no help
+    StatusCode.UNIMPLEMENTED: (Unsupported, "a worker has no such method"),
+}
 
 
 def status_of(error: AttndError) -> StatusCode:
@@ -112,14 +120,11 @@ def error_from(status: StatusCode, message: str, details: bytes = b"") -> AttndE
         info, delay = _unpack(list(Status.FromString(details).details))
     except DecodeError:
         info, delay = ErrorInfo(), None
-    ours = info.domain == DOMAIN
+    if info.domain != DOMAIN:
+        cls, message = _OF_GRPC.get(status, (EngineFailed, "a worker has failed"))
+        return cls(message)
     cls = _CLASS.get(status, EngineFailed)
-    if cls is Cancelled and not ours:  # what gRPC itself makes of a call that reaches a server as it shuts down
-        cls, message = Unavailable, "the server is shutting down"
-    if cls is Overloaded and not ours:  # of a message that gRPC takes for too large: trying again is no help
-        cls = TooLarge
-    code = info.reason if ours else None
-    message, param = _renamed(message, info.metadata["param"] or None if ours else None, _DOMAIN_NAMES)
+    message, param = _renamed(message, info.metadata["param"] or None, _DOMAIN_NAMES)
     if issubclass(cls, Overloaded | Unavailable):
-        return cls(message, param=param, code=code, retry_after_s=1.0 if delay is None else delay)
-    return cls(message, param=param, code=code)
+        return cls(message, param=param, code=info.reason, retry_after_s=1.0 if delay is None else delay)
+    return cls(message, param=param, code=info.reason)
