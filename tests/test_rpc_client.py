@@ -33,7 +33,6 @@ from service.errors import (
     NotFound,
     Overloaded,
     TooLarge,
-    Unauthenticated,
     Unavailable,
     Unsupported,
 )
@@ -50,7 +49,6 @@ ERRORS = [
     InvalidRequest("top_k: at least 1, got 0", param="top_k"),
     TooLarge("at most 3 inputs, got 4", param="input"),
     NotFound("no model 'nope'", param="model", code="special"),
-    Unauthenticated("the API key is missing"),
     Unsupported("'chat' cannot classify", param="model"),
     Overloaded("the queue is full (8)", retry_after_s=1.25),
     DeadlineExceeded("the deadline passed after 1.000 s"),
@@ -200,8 +198,23 @@ async def test_cancelling_reaches_the_worker(workers: Workers, backend: FakeBack
 async def test_the_api_key_is_sent(workers: Workers, backend: FakeBackend) -> None:
     address = await workers.start(backend, api_key="sesame")
     assert (await workers.remote(address, api_key="sesame").models()) == [MODEL]
-    with pytest.raises(Unauthenticated):
-        await workers.remote(address, api_key="wrong").classify(REQUEST, call())
+
+
+async def test_a_worker_that_refuses_the_key_is_down(workers: Workers, caplog: pytest.LogCaptureFixture) -> None:
+    """The gateway's key is not the caller's fault, and another worker may take it."""
+    backends = [talker(), talker()]
+    stale = await workers.start(backends[0], api_key="old")
+    alone = workers.remote(stale, api_key="new")
+    with pytest.raises(Unavailable, match="refuses the gateway's API key"):
+        await alone.models()
+    with pytest.raises(Unavailable, match="refuses the gateway's API key"):
+        await alone.classify(REQUEST, call())
+    assert f"worker {stale} is down: it refuses this gateway's API key" in caplog.text
+    remote = workers.remote(stale, await workers.start(backends[1], api_key="new"), api_key="new")
+    for _ in range(4):
+        assert (await remote.classify(REQUEST, call())).model == "sentiment"
+        assert await texts_of(remote) == ["one ", "two ", "three "]
+    assert backends[0].requests == []
 
 
 async def test_no_worker_is_a_wrong_setting() -> None:

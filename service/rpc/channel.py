@@ -123,6 +123,8 @@ class WorkerChannel:
             return Unavailable("the server is draining", code="draining")
         details, said = _details_of(failure), failure.details() or ""
         error = error_from(failure.code(), said, details)
+        if failure.code() is grpc.StatusCode.UNAUTHENTICATED:  # the gateway's key, not the caller's
+            error, said = Unavailable("a worker refuses the gateway's API key"), "it refuses this gateway's API key"
         if isinstance(error, Unavailable):
             self._goes_down(said, error.retry_after_s)
         elif isinstance(error, DeadlineExceeded) and not details:
