@@ -8,6 +8,7 @@ import pytest
 
 from service import domain
 from service.domain import (
+    MAX_INPUTS,
     AttendedToken,
     AttentionMap,
     AttentionMaps,
@@ -243,6 +244,14 @@ def test_a_value_out_of_range_names_field_and_value(message: pb.ClassifyRequest,
     assert caught.value.param == param
 
 
+def test_too_many_inputs_are_counted_before_anything_is_made_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(classify, "TextInput")
+    message = pb.ClassifyRequest(inputs=[pb.TextInput()] * (MAX_INPUTS + 1))
+    with pytest.raises(TooLarge, match="input: at most 16384 inputs a request, got 16385") as caught:
+        classify.parse_request(message.SerializeToString())
+    assert caught.value.param == "input"
+
+
 def test_unset_fields_of_a_generation_are_the_defaults() -> None:
     message = pb.GenerateRequest(prompts=[pb.Prompt(text="good")])
     assert generate.parse_request(message.SerializeToString()) == (GenerateRequest(prompt="good"), True)
@@ -270,6 +279,7 @@ def asking(**fields: typing.Any) -> pb.GenerateRequest:
             "messages.1.role",
             "messages.1.role: input should be 'system', 'user' or 'assistant', got 'bot'",
         ),
+        (pb.GenerateRequest(messages=[pb.Message()] * 1025), "messages", "messages: at most 1024 are taken, not 1025"),
         (asking(temperature=10.5), "temperature", "less than or equal to 10, got 10.5"),
         (asking(temperature=float("nan")), "temperature", "got nan"),
         (asking(top_p=0.0), "top_p", "greater than 0, got 0.0"),
@@ -278,7 +288,9 @@ def asking(**fields: typing.Any) -> pb.GenerateRequest:
         (asking(max_tokens=2**31), "max_tokens", "less than or equal to 2147483647"),
         (asking(logprobs=21), "logprobs", "less than or equal to 20, got 21"),
         (asking(logit_bias={3: 101.0}), "logit_bias.3", "less than or equal to 100, got 101.0"),
-        (asking(stop=["a"] * 17), "stop", "at most 16"),
+        (asking(stop=[""] * 17), "stop", "stop: at most 16 are taken, not 17"),
+        (asking(stop_token_ids=[1] * 17), "stop_token_ids", "stop_token_ids: at most 16 are taken, not 17"),
+        (asking(logit_bias=dict.fromkeys(range(1025), 101.0)), "logit_bias", "at most 1024 are taken, not 1025"),
         (asking(stop=[""]), "stop.0", "at least 1 character"),
         (asking(num_beams=4, temperature=0.5), "temperature", "must be 0 with num_beams 4, got 0.5"),
         (asking(min_tokens=10, max_tokens=4), "min_tokens", "must not be over max_tokens"),

@@ -197,6 +197,28 @@ async def test_only_the_first_of_many_bad_inputs_is_looked_at(backend: FakeBacke
 
 
 @pytest.mark.parametrize(
+    ("fields", "param", "most", "number"),
+    [
+        ({"messages": [{}] * 600_000}, "messages", 1024, 600_000),
+        ({"prompt": "a", "stop": [0] * 900_000}, "stop", 16, 900_000),
+        ({"prompt": "a", "stop_token_ids": ["a"] * 400_000}, "stop_token_ids", 16, 400_000),
+        ({"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(150_000)), "a")}, "logit_bias", 1024, 150_000),
+    ],
+)
+async def test_a_list_that_is_too_long_is_counted_before_it_is_read(
+    backend: FakeBackend, fields: dict[str, object], param: str, most: int, number: int
+) -> None:
+    async with wire.serve(backend) as served:
+        begun = time.process_time()
+        reply = await wire.ask(served.port, "POST", "/v1/generate", orjson.dumps(fields))
+        assert (reply.status, reply.json["error"]["param"]) == (422, param)
+        assert reply.json["error"]["message"].startswith(f"{param}: at most {most} are taken, not {number}, got ")
+        assert "more problem" not in reply.json["error"]["message"]
+        assert time.process_time() - begun < 1.5  # seconds; where each item is read, up to 7
+        await _check_alive(served)
+
+
+@pytest.mark.parametrize(
     "garbage",
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS

@@ -37,9 +37,11 @@ from service.domain.classify import (
     TextInput,
     TopK,
     Usage,
+    check_num_inputs,
 )
 from service.domain.generate import (
     MAX_LOGPROBS,
+    MAX_MESSAGES,
     MAX_OUTPUTS,
     MAX_STOPS,
     End,
@@ -64,6 +66,7 @@ from service.domain.models import (
 __all__ = [
     "MAX_INPUTS",
     "MAX_LOGPROBS",
+    "MAX_MESSAGES",
     "MAX_OUTPUTS",
     "MAX_STOPS",
     "AttendedToken",
@@ -104,6 +107,7 @@ __all__ = [
     "TopK",
     "Usage",
     "attention_tasks",
+    "check_num_inputs",
     "choose_model",
     "generation_tasks",
 ]

@@ -30,10 +30,15 @@ def _as_input(value: Any) -> Any:
     return {"text": value} if isinstance(value, str) else value
 
 
+def check_num_inputs(number: int) -> None:
+    """Raises TooLarge. To be asked before anything is made of the inputs."""
+    if number > MAX_INPUTS:
+        raise TooLarge(f"input: at most {MAX_INPUTS} inputs a request, got {number}", param="input")
+
+
 def _one_or_many(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        if len(value) > MAX_INPUTS:
-            raise TooLarge(f"input: at most {MAX_INPUTS} inputs a request, got {len(value)}", param="input")
+        check_num_inputs(len(value))
         return tuple(_as_input(item) for item in value)
     if isinstance(value, (str, dict, TextInput)):
         return (_as_input(value),)

@@ -15,6 +15,8 @@ from service.errors import InvalidRequest, TooLarge
 MAX_OUTPUTS = 128  # prompts times n
 MAX_STOPS = 16  # stop strings, and stop ids
 MAX_STOP_CHARACTERS = 256
+MAX_MESSAGES = 1024
+MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 
 TokenId = Annotated[int, Field(ge=0, strict=False)]  # JSON's keys are strings
@@ -60,6 +62,17 @@ def _are_ids(value: Sequence[Any]) -> bool:
     return all(type(item) is int and item >= 0 for item in value)
 
 
+def _at_most(limit: int) -> BeforeValidator:
+    """Counts before anything is looked at: a body of a million items must not cost a million error records."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, (list, tuple, dict)) and len(value) > limit:
+            raise ValueError(f"at most {limit} are taken, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
 def _texts(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
@@ -73,8 +86,15 @@ Stops = Annotated[
     tuple[Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)], ...],
     Field(max_length=MAX_STOPS, strict=False),
     BeforeValidator(_texts, json_schema_input_type=str | list[str]),
+    _at_most(MAX_STOPS),
 ]
-TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MAX_STOPS, strict=False)]
+TokenIds = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MAX_STOPS, strict=False), _at_most(MAX_STOPS)
+]
+Messages = Annotated[
+    tuple[Message, ...], Field(min_length=1, max_length=MAX_MESSAGES, strict=False), _at_most(MAX_MESSAGES)
+]
+Biases = Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES, strict=False), _at_most(MAX_BIASES)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
@@ -91,7 +111,7 @@ class GenerateRequest:
     """
 
     prompt: Prompts | None = None
-    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=1024, strict=False)] | None = None
+    messages: Messages | None = None
     model: ModelId | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = 256
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
@@ -102,7 +122,7 @@ class GenerateRequest:
     repetition_penalty: Annotated[float, Field(gt=0, le=10, strict=False)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2, strict=False)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, strict=False)] = 0.0
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024, strict=False)] = field(default_factory=dict)
+    logit_bias: Biases = field(default_factory=dict)
     stop: Stops = ()
     stop_token_ids: TokenIds = ()
     ignore_eos: bool = False

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from service.domain import (
     MAX_LOGPROBS,
+    MAX_MESSAGES,
     End,
     Event,
     Finish,
@@ -61,7 +62,7 @@ ChatBody = body_model(
     "What OpenAI's clients send, and vLLM's names for the rest; a field that cannot be honoured is an error.",
     TAKEN,
     nullable=True,
-    messages=(Annotated[list[ChatMessage], Field(min_length=1, max_length=1024, fail_fast=True)], ...),
+    messages=(Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)], ...),
     max_completion_tokens=(Annotated[int, Field(ge=1, le=2**31 - 1)] | None, None),
     logprobs=(bool | None, None),
     top_logprobs=(Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, None),

@@ -2,7 +2,16 @@
 
 from pydantic import ValidationError
 
-from service.domain import Classification, ClassifyRequest, FunctionToApply, Score, TextInput, Timing, Usage
+from service.domain import (
+    Classification,
+    ClassifyRequest,
+    FunctionToApply,
+    Score,
+    TextInput,
+    Timing,
+    Usage,
+    check_num_inputs,
+)
 from service.errors import AttndError, InvalidRequest
 from service.rpc import errors
 from service.rpc.codec.received import received
@@ -34,6 +43,7 @@ def encode_request(request: ClassifyRequest) -> pb.ClassifyRequest:
 
 
 def decode_request(message: pb.ClassifyRequest) -> ClassifyRequest:
+    check_num_inputs(len(message.inputs))
     function = message.function_to_apply
     if function not in _FUNCTION_NAMES:
         raise InvalidRequest(

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.domain import (
+    MAX_MESSAGES,
     End,
     Event,
     Finish,
@@ -80,6 +81,8 @@ def _in_range(ids: Any, param: str) -> Any:
 def decode_request(message: pb.GenerateRequest) -> GenerateRequest:
     if bool(message.prompts) == bool(message.messages):
         raise InvalidRequest("exactly one of prompts and messages must be given")
+    if (num_messages := len(message.messages)) > MAX_MESSAGES:  # before anything is made of them
+        raise InvalidRequest(f"messages: at most {MAX_MESSAGES} are taken, not {num_messages}", param="messages")
     fields = {name: getattr(message, name) for name in _PLAIN}
     fields |= {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
     if message.HasField("max_tokens"):
