@@ -27,7 +27,7 @@ class Backend(Protocol):
         ...
 
     async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
-        """Where the model looked, and what it predicted in that very run. Raises and is cancelled as `classify`."""
+        """Where the model looked, and what it predicted or wrote. Raises and is cancelled as `classify`."""
         ...
 
     async def explain(self, request: ExplainRequest, call: Call) -> Explanation:

@@ -167,7 +167,8 @@ class AttentionMaps:
 
     `graph` is the bundle's graph that they came from. "classify" gave the prediction itself, in the same run.
     "attention" has the weights and the precision of the graphs that write, and read the text again with what they had
-    written; it computes a prompt with their bits, and what they wrote token by token as if it were a prompt.
+    written. Of a model that continues texts it computes a prompt with their bits, and what they wrote token by token as
+    if it were a prompt; of a translator it comes near to their logits.
     The tokens are those of the text (and its pair); `target_tokens` those that were written, for models that write: a
     translation's begin with the token it starts from, and what ended an output is not there. There is no padding.
     """
