@@ -1,6 +1,9 @@
 """What clients should not do, over real sockets and on both event loops; after each, a good request still works."""
 
 import asyncio
+import logging
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator
 
@@ -279,6 +282,19 @@ async def test_a_drip_does_not_keep_a_request_alive(impatient: wire.Served) -> N
         dripping = asyncio.ensure_future(drip())
         assert await client.is_closed()
         dripping.cancel()
+
+
+async def test_a_client_that_resets_at_once_is_let_go_without_a_word(
+    served: wire.Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    sockets = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(20)]
+    for one in sockets:  # all are gone before the event loop can accept one
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        one.close()
+    with caplog.at_level(logging.DEBUG):
+        await _check_alive(served)
+        await until(lambda: served.server.num_connections == 0)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize("part", [b"POST /v1/cla", HEAD + b"content-length: 24\r\n\r\n{"])

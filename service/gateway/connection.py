@@ -59,7 +59,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._server = transport.get_extra_info("sockname")[:2]
-        self._client = transport.get_extra_info("peername")[:2]
+        peer = transport.get_extra_info("peername")
+        self._client = peer and peer[:2]  # None: it has reset the connection already
         self._shared.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
