@@ -168,6 +168,7 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": "a", "temperature": -0.1}, "temperature"),
     ({"prompt": "a", "temperature": "hot"}, "temperature"),
     ({"prompt": "a", "top_p": 0}, "top_p"),
+    ({"prompt": "a", "repetition_penalty": 1e-38}, "repetition_penalty"),  # a logit divided by it is not finite
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias.x"),
     ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias.1"),
     ({"prompt": "a", "stop": [""]}, "stop.0"),

@@ -119,7 +119,7 @@ class GenerateRequest:
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0  # 0: all
     top_p: Annotated[float, Field(gt=0, le=1, strict=False)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.0  # of the likeliest token's probability
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, strict=False)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10, strict=False)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2, strict=False)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, strict=False)] = 0.0
     logit_bias: Biases = field(default_factory=dict)
