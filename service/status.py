@@ -6,7 +6,9 @@ even while the event loop is busy.
 
 import asyncio
 import json
+import logging
 import socket
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,9 +22,11 @@ READY_TIMEOUT_S = 5.0
 
 _Reply = tuple[HTTPStatus, str, bytes]
 
+_log = logging.getLogger("attnd.status")
+
 
 class _Server(ThreadingHTTPServer):
-    """The library's own knows IPv4 alone."""
+    """The library's own knows IPv4 alone, and prints tracebacks, also of clients that leave."""
 
     daemon_threads = True
 
@@ -30,6 +34,10 @@ class _Server(ThreadingHTTPServer):
         found, *_ = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family = found[0]
         super().__init__((str(found[4][0]), address[1]), handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            _log.exception("a request for health or metrics failed")
 
 
 class StatusServer:
@@ -93,13 +101,20 @@ class StatusServer:
             server_version = "attnd"
             sys_version = ""
 
+            def do_HEAD(self) -> None:
+                self._answer()
+
             def do_GET(self) -> None:
+                self.wfile.write(self._answer())
+
+            def _answer(self) -> bytes:
+                """Writes a reply's head; gives its body."""
                 status, content_type, body = reply_to(self.path.partition("?")[0])
                 self.send_response(status)
                 self.send_header("content-type", content_type)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                return body
 
             def log_message(self, format: str, *args: object) -> None:
                 """Probes come every few seconds; they are not worth a line."""

@@ -1,19 +1,21 @@
 """The status server over a real socket, asked by an HTTP client."""
 
 import socket
+import struct
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 
 import httpx
 import pytest
-from fakes import FakeBackend
+from fakes import FakeBackend, until
 from processes import needs_ipv6
 
 from service.errors import ConfigError, Unavailable
 from service.metrics import Metrics
 from service.status import StatusServer
 
-Ask = Callable[[str], Awaitable[httpx.Response]]
+Ask = Callable[..., Awaitable[httpx.Response]]
 Start = Callable[..., Awaitable[tuple[StatusServer, Ask]]]
 
 
@@ -28,7 +30,8 @@ async def start(backend: FakeBackend) -> AsyncIterator[Start]:
             stack.push_async_callback(server.stop)
             address = f"[{host}]" if ":" in host else host
             client = httpx.AsyncClient(base_url=f"http://{address}:{bound}")
-            return server, (await stack.enter_async_context(client)).get
+            asking = await stack.enter_async_context(client)
+            return server, lambda path, method="GET": asking.request(method, path)
 
         yield start
 
@@ -56,6 +59,40 @@ async def test_while_it_drains_it_is_alive_and_not_ready(start: Start) -> None:
     assert (reply.status_code, reply.json()["reason"]) == (503, "the server is draining")
     assert (await get("/healthz")).status_code == 200
     assert (await get("/metrics")).status_code == 200
+
+
+async def test_a_head_is_that_of_a_get_alone(start: Start) -> None:
+    _, get = await start()
+    reply, whole = await get("/healthz", method="HEAD"), await get("/healthz")
+    assert (reply.status_code, reply.content) == (200, b"")
+    assert reply.headers["content-length"] == whole.headers["content-length"]
+    assert (await get("/nothing", method="HEAD")).status_code == 404
+
+
+async def test_a_client_that_resets_is_let_go_without_a_word(
+    start: Start, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, get = await start()
+    port = (await get("/healthz")).url.port
+    for request in (b"", b"GET /metrics HTTP/1.1\r\n\r\n"):
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.sendall(request)
+    assert (await get("/healthz")).status_code == 200
+    await until(lambda: not [one for one in threading.enumerate() if "process_request_thread" in one.name])
+    assert (capfd.readouterr().err, caplog.records) == ("", [])
+
+
+async def test_a_failure_of_our_own_is_logged(
+    start: Start, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend, "models", None)
+    _, get = await start()
+    with pytest.raises(httpx.RemoteProtocolError):
+        await get("/readyz")
+    await until(lambda: "a request for health or metrics failed" in caplog.text)
+    assert "TypeError" in caplog.text
 
 
 async def test_metrics_are_told(start: Start) -> None:
