@@ -90,6 +90,7 @@ class StatusServer:
         except AttndError as error:
             return error.message
         except TimeoutError:
+            asked.cancel()
             return "the event loop does not answer"
         return None
 

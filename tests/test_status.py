@@ -1,5 +1,6 @@
 """The status server over a real socket, asked by an HTTP client."""
 
+import asyncio
 import socket
 import struct
 import threading
@@ -11,6 +12,8 @@ import pytest
 from fakes import FakeBackend, until
 from processes import needs_ipv6
 
+from service import status
+from service.domain import ModelInfo
 from service.errors import ConfigError, Unavailable
 from service.metrics import Metrics
 from service.status import StatusServer
