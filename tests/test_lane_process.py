@@ -14,6 +14,7 @@ from service.worker.generation.lane_loader import load_lane
 from service.worker.generation.lane_messages import (
     Add,
     Close,
+    Closed,
     Frames,
     Load,
     Marks,
@@ -50,7 +51,7 @@ TOLD = Told(
     [Marks(7, 1.0, 1.5, None, [None, 0.5])],
     17,
 )
-SAID: list[ToServer] = [Ready(12), Refused("ConfigError", "no such provider", "provider"), TOLD]
+SAID: list[ToServer] = [Ready(12), Refused("ConfigError", "no such provider", "provider"), Closed(7), TOLD]
 ASKED: list[ToProcess] = [Load("bundle", 8, "cpu", False, "info"), ADD, Close(7, None), Close(7, 2.5)]
 
 
@@ -86,9 +87,9 @@ class Written:
     """A channel that keeps what is said."""
 
     def __init__(self) -> None:
-        self.told: list[Told] = []
+        self.told: list[Told | Closed] = []
 
-    def say(self, message: Told) -> None:
+    def say(self, message: Told | Closed) -> None:
         self.told.append(message)
 
 
@@ -101,15 +102,17 @@ def test_a_job_is_told_of_until_its_last_output_has_ended() -> None:
     for index in range(3):  # the last is one too many
         event = Finish(index, "stop")
         desk.tell(Report(events=[(job, event)], ended=[(job, Ended(index, 1, 0, 1.0, 1.0))], marked={job}))
-    assert [one.events for one in channel.told] == [[OfFinish(7, Finish(at, "stop"))] for at in range(2)] + [[]]
-    assert [one.marks for one in channel.told] == [
+    told = [one for one in channel.told if isinstance(one, Told)]
+    assert [one.events for one in told] == [[OfFinish(7, Finish(at, "stop"))] for at in range(2)] + [[]]
+    assert [one.marks for one in told] == [
         [Marks(7, None, None, None, [None, 0.5])],
         [Marks(7, None, None, None, [])],
         [],
     ]
-    assert [one.num_kept_tokens for one in channel.told] == [17] * 3
+    assert [one.num_kept_tokens for one in told] == [17] * 3
     desk.take(Close(7, 1.0))
     assert lane.closed == []
+    assert channel.told[3:] == [Closed(7)]
 
 
 def test_what_cannot_be_made_fails_alone() -> None:
@@ -130,7 +133,7 @@ def test_nothing_more_is_told_of_a_closed_job() -> None:
     stranger = Job(1, Progress())
     for one in (job, stranger):
         desk.tell(Report(events=[(one, Finish(0, "stop"))], failed=[(one, 0)], marked={one}, released=[0.5]))
-    assert channel.told == [Told([], [], [], [], [0.5], [], 17)] * 2
+    assert channel.told == [Closed(7)] + [Told([], [], [], [], [0.5], [], 17)] * 2
 
 
 @pytest.fixture

@@ -60,6 +60,10 @@ class OneLane:
         return self.scheduler.num_running
 
     @property
+    def num_rows(self) -> int:
+        return self.num_waiting + self.num_running
+
+    @property
     def num_kept_tokens(self) -> int:
         return self.scheduler.num_kept_tokens
 

@@ -22,7 +22,7 @@ from fakes import until
 from generations import call, collect, in_threads, serving
 
 from service.domain import GenerateRequest, Progress, Token
-from service.errors import BundleError, ConfigError, EngineFailed, Unavailable
+from service.errors import BundleError, ConfigError, DeadlineExceeded, EngineFailed, Unavailable
 from service.metrics import Metrics
 from service.worker.bundle import load_bundle
 from service.worker.generation import lane_processes
@@ -170,6 +170,22 @@ async def test_whoever_leaves_gives_the_slots_back(run: Start) -> None:
     assert len((await collect(running.backend, call(), **LONG)).ids(19)) == 64
 
 
+async def test_a_lane_that_hangs_gets_no_more_until_it_goes_on(run: Start) -> None:
+    running = await run(2)
+    hung, other = running.lanes
+    os.kill(hung.pid, signal.SIGSTOP)
+    with pytest.raises(DeadlineExceeded):
+        await collect(running.backend, call(0.3), prompt=SOURCES[:1])
+    assert (hung.num_waiting, hung.num_running, hung.num_rows) == (0, 0, 1)
+    for _ in range(3):
+        await collect(running.backend, call(), prompt=SOURCES[:1])
+    os.kill(hung.pid, signal.SIGCONT)
+    await until(lambda: hung.num_rows == 0)
+    os.kill(other.pid, signal.SIGSTOP)
+    await collect(running.backend, call(), prompt=SOURCES[:1])
+    os.kill(other.pid, signal.SIGCONT)
+
+
 async def test_what_runs_and_what_waits_are_counted_in_rows(bundle: Path) -> None:
     lane = lane_of(bundle)
     lane._say = lambda message: None  # type: ignore[method-assign]
@@ -181,7 +197,7 @@ async def test_what_runs_and_what_waits_are_counted_in_rows(bundle: Path) -> Non
     assert (lane.num_running, lane.num_waiting) == (8, 4)
     lane.close(job)
     lane.close(left)
-    assert (lane.num_running, lane.num_waiting) == (0, 0)
+    assert (lane.num_running, lane.num_waiting, lane.num_rows) == (0, 0, 12)
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
@@ -233,6 +249,26 @@ def broken(bundle: Path, tmp_path: Path) -> Path:
     del manifest["generation"]["bos_id"]
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory
+
+
+async def test_a_loader_that_hangs_ends_soon_with_the_start_of_its_server(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = tmp_path / "hanging"
+    hanging.write_text("#!/bin/sh\nexec sleep 300")
+    hanging.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(hanging))
+    processes = LaneProcesses(load_of(bundle), 2)
+    starting = [asyncio.ensure_future(ProcessLane(processes, place).start(print, print)) for place in range(2)]
+    await until(lambda: processes._loader is not None)
+    for one in starting:
+        one.cancel()
+    ended = await asyncio.gather(*starting, return_exceptions=True)
+    assert [type(one) for one in ended] == [asyncio.CancelledError] * 2
+    begun = time.monotonic()
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert time.monotonic() - begun < lane_processes.FAILING_S + 5
+    assert processes.end() == -signal.SIGKILL
 
 
 async def test_one_that_dies_while_it_loads_says_with_what_status(

@@ -44,6 +44,12 @@ class Close(msgspec.Struct, tag="close", array_like=True, frozen=True):
     closed_at: float | None
 
 
+class Closed(msgspec.Struct, tag="closed", array_like=True, frozen=True):
+    """To the server: the lane has heard it, and its slots are free before the next step."""
+
+    job: int
+
+
 class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     """To the server: the model is loaded, and this process is the lane's."""
 
@@ -96,7 +102,7 @@ class Told(msgspec.Struct, tag="told", array_like=True, frozen=True):
 
 
 ToProcess = Load | Add | Close
-ToServer = Ready | Refused | Told
+ToServer = Ready | Refused | Closed | Told
 
 decode_to_process = msgspec.msgpack.Decoder(ToProcess).decode
 decode_to_server = msgspec.msgpack.Decoder(ToServer).decode

@@ -14,6 +14,7 @@ from service.domain import Finish, Progress, PromptTokens, Token
 from service.worker.generation.lane_messages import (
     Add,
     Close,
+    Closed,
     Frames,
     Load,
     Marks,
@@ -108,6 +109,7 @@ class Desk:
             job.closed_at = closed_at
             self._forget(job)
             self._lane.close(job)
+        self._channel.say(Closed(number))
 
     def tell(self, report: Report) -> None:
         """The server knows nothing any more of a job that it has closed."""

@@ -24,7 +24,7 @@ _ONE_THREAD = {"ORT_DISABLE_TELEMETRY": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class LaneProcesses:
-    """Thread-safe; both methods block."""
+    """Thread-safe; `open` and `end` block."""
 
     def __init__(self, load: Load, num_lanes: int) -> None:
         self.max_rows = load.max_rows
@@ -49,6 +49,11 @@ class LaneProcesses:
             channel.close()
             self.end(FAILING_S)
             raise
+
+    def give_up(self, lane: int) -> None:
+        """Nobody waits for a lane any more that is being opened: all have ended FAILING_S seconds from now."""
+        with suppress(IndexError, OSError):  # none is started; it has ended
+            self._channels[lane].shutdown(socket.SHUT_RDWR)  # who reads it sees its end
 
     def end(self, patience_s: float | None = None) -> int:
         """Wait until all have ended: once their channels are closed they do, after the step under way.

@@ -2,8 +2,9 @@
 
 Everything here runs on the asyncio thread. The outputs of a prompt go to the lane with the fewest rows and stay there,
 so that it is read once, that one request at a time always finds the same lane, and that the sentences of a long text
-find all. More outputs than a lane has rows are shared out. The beams of a search are one sequence. Knows neither what a
-lane does nor where: in a thread of this process, or in another one.
+find all. More outputs than a lane has rows are shared out. The beams of a search are one sequence. A lane that hangs
+keeps the rows of those who have given up on it, so that others come to it only while it has the fewest still. Knows
+neither what a lane does nor where: in a thread of this process, or in another one.
 """
 
 import asyncio
@@ -51,6 +52,11 @@ class Lane(Protocol):
     def num_running(self) -> int: ...
 
     @property
+    def num_rows(self) -> int:
+        """What waits and runs, and what was closed and the lane has not let go of yet."""
+        ...
+
+    @property
     def num_kept_tokens(self) -> int:
         """Tokens whose K/V are in use."""
         ...
@@ -93,7 +99,7 @@ class Lanes:
     def add(self, job: Job, request: GenerateRequest, plans: Several[OutputPlan]) -> None:
         """Queue the outputs of one admitted job."""
         self._coming.discard(job)
-        num_rows = [lane.num_waiting + lane.num_running for lane in self._lanes]
+        num_rows = [lane.num_rows for lane in self._lanes]
         shares: list[list[OutputPlan]] = [[] for _ in self._lanes]
         for together in self._of_one_prompt(plans):
             at = num_rows.index(min(num_rows))

@@ -16,6 +16,7 @@ from service.errors import EngineFailed
 from service.worker.generation.lane_messages import (
     Add,
     Close,
+    Closed,
     Frames,
     Marks,
     Told,
@@ -58,11 +59,16 @@ class ProcessLane:
         self._jobs: dict[int, Job] = {}
         self._shares: dict[Job, _Share] = {}
         self._num_rows = 0
+        self._closed: dict[int, int] = {}  # rows of jobs that the lane has not said to be closed yet
         self.num_kept_tokens = 0
 
     async def start(self, tell: Tell, died: Died) -> None:
         """Raises BundleError, ConfigError and EngineFailed."""
-        channel, self.pid = await asyncio.to_thread(self._processes.open, self._place)
+        try:
+            channel, self.pid = await asyncio.to_thread(self._processes.open, self._place)
+        except asyncio.CancelledError:  # the server ends, and would wait for that thread
+            self._processes.give_up(self._place)
+            raise
         self._tell, self._died = tell, died
         self._ends = _Ends(self._hear, self._lost)
         loop = asyncio.get_running_loop()
@@ -94,6 +100,7 @@ class ProcessLane:
 
     def close(self, job: Job) -> None:
         if (share := self._shares.get(job)) is not None:
+            self._closed[share.number] = share.num_rows
             self._forget(job, share)
             self._say(Close(share.number, job.closed_at))
 
@@ -104,6 +111,10 @@ class ProcessLane:
     @property
     def num_running(self) -> int:
         return min(self._num_rows, self._max_rows)
+
+    @property
+    def num_rows(self) -> int:
+        return self._num_rows + sum(self._closed.values())
 
     def _say(self, message: ToProcess) -> None:
         """What one turn of the event loop has to say goes in one piece: every piece wakes the process."""
@@ -122,8 +133,11 @@ class ProcessLane:
         self.num_kept_tokens = 0
         self._died(gone)
 
-    def _hear(self, told: Told) -> None:
+    def _hear(self, told: Told | Closed) -> None:
         """What is told of jobs that were closed meanwhile concerns nobody."""
+        if isinstance(told, Closed):
+            del self._closed[told.job]
+            return
         jobs = self._jobs
         self.num_kept_tokens = told.num_kept_tokens
         for marks in told.marks:
@@ -156,7 +170,7 @@ class ProcessLane:
 class _Ends(asyncio.Protocol):
     """The server's end of the channel."""
 
-    def __init__(self, hear: Callable[[Told], None], lost: Callable[[Exception | None], None]) -> None:
+    def __init__(self, hear: Callable[[Told | Closed], None], lost: Callable[[Exception | None], None]) -> None:
         self._hear = hear
         self._lost = lost
         self._frames = Frames()
@@ -165,7 +179,7 @@ class _Ends(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for body in self._frames.feed(data):
             told = decode_to_server(body)
-            assert isinstance(told, Told)
+            assert isinstance(told, Told | Closed)
             self._hear(told)
 
     def connection_lost(self, error: Exception | None) -> None:

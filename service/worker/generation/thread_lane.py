@@ -71,5 +71,9 @@ class ThreadLane:
         return self._scheduler.num_running
 
     @property
+    def num_rows(self) -> int:
+        return self.num_waiting + self.num_running  # a row runs until it has left its slot
+
+    @property
     def num_kept_tokens(self) -> int:
         return self._loop.num_kept_tokens
