@@ -162,7 +162,7 @@ def add_native_routes(app: FastAPI, entrance: Entrance) -> None:
 
 def add_openai_routes(app: FastAPI, entrance: Entrance) -> None:
     """Completions and chat; the models have OpenAI's shape already."""
-    about: dict[str, Any] = {"tags": ["openai"], "dependencies": _key_checks(entrance.door)}
+    about: dict[str, Any] = {"tags": ["OpenAI"], "dependencies": _key_checks(entrance.door)}
     statuses = [status for status in _STATUSES if status not in (422, 501)]
     errors = {400: _errors(422)[422]} | _errors(*statuses)
     for path, dialect, body, reply, summary in (
@@ -177,7 +177,7 @@ def add_openai_routes(app: FastAPI, entrance: Entrance) -> None:
 
 def add_huggingface_routes(app: FastAPI, entrance: Entrance, max_inputs: int) -> None:
     """POST to the base URL or to a model's, and what the client asks about the server."""
-    about: dict[str, Any] = {"tags": ["hugging face"], "dependencies": _key_checks(entrance.door)}
+    about: dict[str, Any] = {"tags": ["Hugging Face"], "dependencies": _key_checks(entrance.door)}
     errors = _errors(*_STATUSES, body=HuggingFaceErrorBody)
     body: Any = HuggingFaceRequest | TranslationBody | TextGenerationBody
     reply = list[list[Score]] | list[Translation] | list[GeneratedText]
@@ -200,7 +200,7 @@ def add_huggingface_routes(app: FastAPI, entrance: Entrance, max_inputs: int) ->
     async def info() -> Response:
         return _json(endpoint_info(await entrance.backend.models(), version("attnd"), max_inputs))
 
-    @app.get("/health", summary="200 when it can serve", tags=["hugging face"])
+    @app.get("/health", summary="200 when it can serve", tags=["Hugging Face"])
     async def health() -> Response:
         entrance.door.check_open()
         await entrance.backend.models()
