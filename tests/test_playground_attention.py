@@ -330,6 +330,27 @@ async def test_a_narrow_screen_needs_no_sideways_scrolling(at: Opened) -> None:
         assert await at.page.evaluate("document.documentElement.scrollWidth") <= 360, panel
 
 
+async def test_long_texts_are_cut_between_lines_and_keep_their_labels(at: Opened) -> None:
+    await at.serve_maps()
+    await at.show("attention")
+    await at.page.set_viewport_size({"width": 375, "height": 740})
+    await at.page.fill("#attention-text", " ".join(["word"] * 40))
+    await at.page.click("text=Show attention")
+    await at.text("#panel-attention .queries .token").to_have_count(42)
+    boxes = """() => {
+        const lines = document.querySelector("#panel-attention .lines"), end = lines.getBoundingClientRect().bottom;
+        const tops = [...lines.querySelectorAll(".token")].map(token => token.getBoundingClientRect().top);
+        const matrix = document.querySelector("#panel-attention .matrix");
+        return [lines.scrollHeight > lines.clientHeight, Math.min(...tops.map(top => Math.abs(top - end))),
+            matrix.scrollWidth / matrix.clientWidth];
+    }"""
+    is_cut, between, width = await at.page.evaluate(boxes)
+    assert is_cut
+    assert between < 1
+    assert width > 1.5  # with room for labels the map is wider than the screen
+    assert await at.page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
 CONTRASTS = """() => {
     const paint = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
     const over = colors => {

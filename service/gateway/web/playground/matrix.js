@@ -4,6 +4,7 @@ import {labelOf} from "./maps.js";
 
 const FONT = "12px system-ui, sans-serif";
 const LEAST = 5, MOST = 32, LABELLED = 11; // pixels of a cell: the least, the most, and the least that gets a label
+const FEW = 60; // tokens that are labelled even where the map has to scroll for it
 
 export function drawMatrix(canvas, {queries, keys, values, rows, columns, top}, active) {
   const context = canvas.getContext("2d"), style = getComputedStyle(canvas);
@@ -37,7 +38,7 @@ function layoutOf(context, available, queries, keys) {
   const widest = tokens => Math.max(...tokens.map(token => context.measureText(labelOf(token)).width));
   const left = Math.ceil(widest(queries)) + 8, slanted = Math.ceil(widest(keys) * Math.SQRT1_2) + 14;
   const bare = Math.floor((available - 2) / keys.length), fit = Math.floor((available - left - slanted) / keys.length);
-  if (bare < LABELLED) return {left: 1, upper: 1, right: 1, cell: Math.max(LEAST, bare), isLabelled: false};
+  if (bare < LABELLED && keys.length > FEW) return {left: 1, upper: 1, right: 1, cell: Math.max(LEAST, bare), isLabelled: false};
   return {left, upper: slanted, right: slanted, cell: Math.min(MOST, Math.max(LABELLED, fit)), isLabelled: true};
 }
 
