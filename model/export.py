@@ -30,6 +30,7 @@ from model.train import CHECKPOINT_HELP, load_checkpoint
 from model.verify import verify
 from service.worker.bundle import (
     MANIFEST,
+    PRECISIONS,
     PROBLEM_TYPES,
     TOKENIZER,
     VERSION,
@@ -45,7 +46,6 @@ from service.worker.classification.engine import GRAPH, Tokens, pack, padded_len
 
 OPSET = 20  # the first with Gelu
 GRAPH_FILE = "classify.onnx"
-PRECISIONS = ("int8", "float32")
 DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
 NUM_CALIBRATION = 1024  # rows of the training data
 NUM_PER_BATCH = 32

@@ -1,6 +1,7 @@
 """service.worker.bundle: a bundle is served only if its manifest is whole and every file the one that was exported."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def good_values(directory: Path) -> Values:
         "id": "tiny",
         "task": "classification",
         "created": 1_700_000_000,
-        "architecture": {"width": 32},
+        "architecture": {"width": 32, "max_length": 24},
         "labels": ["NEGATIVE", "POSITIVE"],
         "problem_type": "single_label_classification",
         "limits": {"max_tokens": 24},
@@ -43,8 +44,8 @@ def write(directory: Path, values: object) -> Path:
     return directory
 
 
-def place(values: Values, key: str) -> tuple[Values, str]:
-    *parents, last = key.split("/")
+def place(values: Any, key: str) -> tuple[Any, Any]:
+    *parents, last = (int(part) if part.isdigit() else part for part in key.split("/"))
     for parent in parents:
         values = values[parent]
     return values, last
@@ -102,7 +103,13 @@ MALFORMED = [
     ("id", 7, "must be str"),
     ("task", "poetry", "one of classification"),
     ("problem_type", "guessing", "one of single_label"),
+    ("precision", "int7", "one of int8, float32"),
     ("created", -1, "at least 0"),
+    ("created", 10**30, "is 1000000000000000000000000000000, it must be a number within 9223372036854775807 of 0"),
+    ("provenance/loss", float("nan"), "is nan, it must be a number"),
+    ("provenance/recipe", "\ud800", r"holds '\\ud800', which is half a character"),
+    ("provenance/recipe", {"\udfff": 1}, r"holds '\\udfff', which is half a character"),
+    ("labels/1", "\ud800", r"labels\.1 holds '\\ud800'"),
     ("labels", "POSITIVE", "must be list"),
     ("labels", ["A", "A"], "repeats"),
     ("labels", [], "at least one label"),
@@ -110,6 +117,7 @@ MALFORMED = [
     ("limits/max_tokens", 0, "at least 1"),
     ("limits/max_tokens", "24", "whole number"),
     ("limits/max_tokens", True, "whole number"),
+    ("limits/max_tokens", 25, r"is 25, more than architecture\.max_length, 24"),
     ("files/tokenizer.json/sha256", "abc", "must match"),
     ("files/tokenizer.json/bytes", 1.5, "whole number"),
     ("graphs/classify/file", "other.onnx", "not an .onnx file listed under files"),
@@ -200,7 +208,25 @@ def test_a_bundle_without_tokenizer_is_refused(tmp_path: Path) -> None:
         load_bundle(write(tmp_path, values))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_manifest_is_a_plain_file(tmp_path: Path, kind: str) -> None:
+    path, elsewhere = write(tmp_path, good_values(tmp_path)) / MANIFEST, tmp_path.with_suffix(".json")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere) if kind == "link" else os.mkfifo(path)
+    with pytest.raises(BundleError, match=r"manifest\.json is missing or not a plain file"):
+        load_bundle(tmp_path)
+
+
+def test_depth_has_a_limit(tmp_path: Path) -> None:
+    values = good_values(tmp_path)
+    deep = values["quality"] = {}
+    for _ in range(20):
+        deep["more"] = deep = {}
+    with pytest.raises(BundleError, match=r"quality(\.more)+ is nested more than 16 deep"):
+        load_bundle(write(tmp_path, values))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"[" * 200_000])
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(BundleError, match=MANIFEST):
@@ -208,7 +234,7 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_directory_without_manifest_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="cannot be read"):
+    with pytest.raises(BundleError, match=r"manifest\.json is missing"):
         load_bundle(tmp_path)
 
 

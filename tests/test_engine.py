@@ -1,12 +1,13 @@
 """service.worker.classification.engine: packing, and the same bits for a sequence whatever its neighbours are."""
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny import CONFIG, random_ids, without_attention
+from tiny import CONFIG, change_manifest, random_ids, without_attention
 
 from service.errors import BundleError
 from service.worker.bundle import load_bundle
@@ -125,6 +126,23 @@ def test_token_types_count(engine: ClassificationEngine) -> None:
 def test_warm_up_stays_within_the_limits(engine: ClassificationEngine) -> None:
     engine.warm_up()
     assert (engine.labels, engine.max_tokens) == (CONFIG.labels, CONFIG.max_length)
+
+
+def test_labels_that_are_not_the_graphs_are_refused(tiny_bundles: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_bundles["float32"], tmp_path / "copy"))
+    change_manifest(copy, lambda values: values.update(labels=["a", "b", "c"]))
+    with pytest.raises(BundleError, match=r"labels are \['a', 'b', 'c'\], the graph's logits 2"):
+        ClassificationEngine(load_bundle(copy))
+
+
+def test_a_limit_that_is_not_the_graphs_is_refused(tiny_bundles: dict[str, Path], tmp_path: Path) -> None:
+    def claim(values: dict[str, Any]) -> None:
+        values["limits"]["max_tokens"] = values["architecture"]["max_length"] = 100
+
+    copy = Path(shutil.copytree(tiny_bundles["float32"], tmp_path / "copy"))
+    change_manifest(copy, claim)
+    with pytest.raises(BundleError, match=r"limits\.max_tokens is 100, but 64 cannot be computed"):
+        ClassificationEngine(load_bundle(copy)).warm_up()
 
 
 def test_a_bundle_without_the_graph_is_refused(tiny_bundles: dict[str, Path]) -> None:

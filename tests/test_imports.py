@@ -64,7 +64,11 @@ RULES = [
     rule("service.worker.weights.*", "service.errors service.worker.bundle service.worker.weights.*", "gguf numpy"),
     rule("service.worker.pull", "service.errors service.worker.bundle service.worker.weights.*"),
     rule("service.worker.session", "service.worker.bundle service.worker.machine service.errors", "numpy onnxruntime"),
-    rule("service.worker.classification.engine", "service.worker.bundle service.worker.session", "numpy"),
+    rule(
+        "service.worker.classification.engine",
+        "service.errors service.worker.bundle service.worker.session",
+        "numpy",
+    ),
     rule("service.worker.beginnings", "service.worker.generation.detokenizer"),
     rule("service.worker.tokenizer", "service.domain service.errors service.worker.beginnings", "tokenizers"),
     rule("service.worker.long_texts", "service.worker.tokenizer"),

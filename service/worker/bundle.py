@@ -16,6 +16,7 @@ from service.worker.manifest import (
     DTYPES,
     ID,
     MANIFEST,
+    PRECISIONS,
     PROBLEM_TYPES,
     TASKS,
     TOKENIZER,
@@ -32,6 +33,7 @@ __all__ = [
     "DTYPES",
     "ID",
     "MANIFEST",
+    "PRECISIONS",
     "PROBLEM_TYPES",
     "TASKS",
     "TOKENIZER",
@@ -88,6 +90,7 @@ def load_bundle(directory: Path) -> Bundle:
 def read_manifest(directory: Path) -> Manifest:
     """The manifest alone; no file that it names is looked at. Raises BundleError."""
     path = directory / MANIFEST
+    _check_plain(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -104,12 +107,17 @@ def file_spec(path: Path) -> FileSpec:
 
 def _check_file(directory: Path, name: str, spec: FileSpec) -> None:
     path = directory / name
-    if path.is_symlink() or not path.is_file():
-        raise BundleError(f"{path} is missing or not a plain file")
+    _check_plain(path)
     if (size := path.stat().st_size) != spec.bytes:
         raise BundleError(f"{path} has {size} bytes, the manifest says {spec.bytes}")
     if (found := file_spec(path).sha256) != spec.sha256:
         raise BundleError(f"{path} has sha256 {found}, the manifest says {spec.sha256}")
+
+
+def _check_plain(path: Path) -> None:
+    """Not a way to another place, nor a pipe, on which reading would wait for ever."""
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path} is missing or not a plain file")
 
 
 def _check_nothing_else(directory: Path, manifest: Manifest) -> None:

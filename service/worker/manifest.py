@@ -24,12 +24,15 @@ OWN = {  # keys of a manifest that only one task has
 TASKS = tuple(OWN)
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 DTYPES = ("float32", "int32", "int64")
+PRECISIONS = ("int8", "float32")
+MAX_DEPTH = 16  # of values in values; protobuf's readers stop at 33
+MAX_NUMBER = 2**63 - 1  # an int64 of protobuf
 SUFFIXES = (".json", ".onnx", ".data", ".jinja", ".md", ".txt")  # nothing that a loader would execute
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 T = TypeVar("T")
-Facts = Mapping[str, Any]  # JSON values, passed on to people and not interpreted here
+Facts = Mapping[str, Any]  # JSON values, passed on to people and hardly interpreted here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +117,7 @@ class Manifest:
         """Raises BundleError that names `source` and the key. `source` is where the text came from."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{source} is not JSON: {error}") from error
         return cls(**_Reader(source).manifest(values))
 
@@ -129,29 +132,54 @@ class _Reader:
         return BundleError(f"{self.source}: {key or 'the manifest'} {message}", param=key or None)
 
     def manifest(self, values: Any) -> dict[str, Any]:
+        self.portable(values, "")
         given = self.record(Manifest, values, "")
         if self.whole(given["version"], "version") != VERSION:
             raise self.fail("version", f"is {given['version']!r}, this release reads {VERSION}")
         self.one_of(given["task"], TASKS, "task")
         self.matching(given["id"], ID, "id")
-        for key in ("precision", "licence"):
-            self.typed(given[key], str, key)
+        self.one_of(given["precision"], PRECISIONS, "precision")
+        self.typed(given["licence"], str, "licence")
         for key in ("architecture", "provenance", "quality", "verification"):
             self.typed(given.get(key, {}), dict, key)
         self.whole(given["created"], "created")
         files = {name: self.file(name, spec) for name, spec in self.typed(given["files"], dict, "files").items()}
         graphs = self.typed(given["graphs"], dict, "graphs")
-        limits = self.record(Limits, given["limits"], "limits")
         self.typed(given.get("weights", {}), dict, "weights")
         return (
             given
             | self.own(given, files)
             | {
-                "limits": Limits(max_tokens=self.whole(limits["max_tokens"], "limits.max_tokens", least=1)),
+                "limits": self.limits(given["limits"], given["architecture"]),
                 "files": self.with_tokenizer(files),
                 "graphs": {name: self.graph(f"graphs.{name}", spec, files) for name, spec in graphs.items()},
             }
         )
+
+    def portable(self, value: Any, key: str, depth: int = 0) -> None:
+        """Facts are told over JSON and protobuf: nothing may stand in them that a reader of either cannot take."""
+        if depth > MAX_DEPTH:
+            raise self.fail(key, f"is nested more than {MAX_DEPTH} deep")
+        if isinstance(value, dict):
+            for name, one in value.items():
+                self.portable(name, key, depth)
+                self.portable(one, f"{key}.{name}".lstrip("."), depth + 1)
+        elif isinstance(value, list):
+            for at, one in enumerate(value):
+                self.portable(one, f"{key}.{at}".lstrip("."), depth + 1)
+        elif isinstance(value, str):
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise self.fail(key, f"holds {value!r:.80}, which is half a character")
+        elif isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
+            raise self.fail(key, f"is {value!r:.80}, it must be a number within {MAX_NUMBER} of 0")
+
+    def limits(self, values: Any, architecture: Facts) -> Limits:
+        """No more than the model has positions for, where its architecture says how many."""
+        max_tokens = self.whole(self.record(Limits, values, "limits")["max_tokens"], "limits.max_tokens", least=1)
+        positions = self.whole(architecture.get("max_length", max_tokens), "architecture.max_length")
+        if max_tokens > positions:
+            raise self.fail("limits.max_tokens", f"is {max_tokens}, more than architecture.max_length, {positions}")
+        return Limits(max_tokens=max_tokens)
 
     def own(self, given: dict[str, Any], files: Mapping[str, FileSpec]) -> dict[str, Any]:
         """What only the manifest's task has. All of it must be there, nothing of another task may."""

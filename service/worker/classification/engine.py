@@ -13,6 +13,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from service.errors import BundleError
 from service.worker.bundle import Bundle
 from service.worker.session import Session
 
@@ -49,12 +50,16 @@ class ClassificationEngine:
     def __init__(
         self, bundle: Bundle, *, threads: int = 1, provider: str = "cpu", fallback: bool = False, spin: bool = False
     ) -> None:
-        """Raises BundleError and ConfigError as Session does."""
+        """Raises BundleError for labels that are not the graph's, else it and ConfigError as Session does."""
         spec = bundle.graph(GRAPH)
+        self._directory = bundle.directory
         self.labels = bundle.manifest.labels or ()
         self.max_tokens = bundle.manifest.limits.max_tokens
         self._inputs = frozenset(tensor.name for tensor in spec.inputs)
         axes = {tensor.name: tensor.axes for tensor in spec.outputs}
+        num_labels = axes.get(LOGITS, (len(self.labels),))[-1]
+        if num_labels != len(self.labels):
+            raise BundleError(f"{bundle.directory}: labels are {list(self.labels)}, the graph's logits {num_labels}")
         self.num_layers = sum(name.startswith(attention_output(0)[:-1]) for name in axes)  # 0: the bundle tells none
         self.num_heads = int(axes[attention_output(0)][1]) if self.num_layers else 0
         self._session = Session(
@@ -96,9 +101,14 @@ class ClassificationEngine:
         return rows, weights
 
     def warm_up(self) -> None:
-        """Runs a few shapes, so that no request pays for the first touch of the weights."""
+        """Runs a few shapes, so that no request pays for the first touch of the weights. Raises BundleError."""
         for num_sequences, length in WARM_UP:
-            self.logits([Tokens([0] * min(length, self.max_tokens))] * num_sequences)
+            num_tokens = min(length, self.max_tokens)
+            try:
+                self.logits([Tokens([0] * num_tokens)] * num_sequences)
+            except Exception as error:  # the binding has no common base class
+                said = f"limits.max_tokens is {self.max_tokens}, but {num_tokens} cannot be computed"
+                raise BundleError(f"{self._directory}: {said}: {error}") from error
 
     def _run(
         self, batch: Sequence[Tokens], fetch: Sequence[str], watched: Sequence[int] = ()
