@@ -19,6 +19,7 @@ from service.domain import (
     Event,
     ExplainRequest,
     GenerateRequest,
+    ModelInfo,
     Start,
     TextInput,
     Token,
@@ -238,7 +239,7 @@ async def test_a_worker_that_is_not_ready_is_unavailable(workers: Workers, backe
 
 
 async def test_a_worker_that_never_answers_is_unavailable(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.rpc.channel.MODELS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(channel, "LOOK_TIMEOUT_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -263,6 +264,47 @@ async def test_a_worker_that_comes_back_is_used_again(workers: Workers, backend:
                 return
             await asyncio.sleep(0.02)
     pytest.fail("the worker that came back was never asked again")
+
+
+class Stuck(FakeBackend):
+    """Answers nothing as long as it `is_stuck`, not even what it serves."""
+
+    is_stuck = False
+
+    async def models(self) -> list[ModelInfo]:
+        if self.is_stuck:
+            await asyncio.Event().wait()
+        return await super().models()
+
+
+async def test_a_worker_that_hangs_makes_no_other_slow(workers: Workers, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither the first look at it, which it may yet answer, nor those after it is known to be down."""
+    stuck, other = Stuck(), FakeBackend()
+    stuck.served = [MODEL, replace(MODEL, id="topic")]
+    remote = workers.remote(await workers.start(stuck), await workers.start(other))
+    assert [model.id for model in await remote.models()] == ["sentiment", "topic"]
+    stuck.is_stuck = True
+    begun = time.monotonic()
+    assert [model.id for model in await remote.models()] == ["sentiment", "topic"]
+    assert time.monotonic() - begun < 0.9
+    await until(lambda: "is down" in caplog.text)
+    begun = time.monotonic()
+    for _ in range(20):
+        assert [model.id for model in await remote.models()] == ["sentiment", "topic"]
+        assert (await remote.classify(REQUEST, call())).model == "sentiment"
+    assert time.monotonic() - begun < 0.9
+    assert stuck.requests == []
+
+
+async def test_what_a_worker_that_is_down_served_is_known_and_unavailable(workers: Workers) -> None:
+    first, second = FakeBackend(), FakeBackend()
+    second.served = [replace(MODEL, id="topic")]
+    remote = workers.remote(await workers.start(first), await workers.start(second))
+    await remote.models()
+    await workers.stop(1)
+    assert [model.id for model in await remote.models()] == ["sentiment", "topic"]
+    with pytest.raises(Unavailable):
+        await remote.classify(replace(REQUEST, model="topic"), call())
 
 
 async def test_a_worker_that_hangs_fails_what_it_has_for_another(

@@ -4,6 +4,7 @@ Which worker is asked, and when another is, client.py decides. What gRPC itself 
 is for the log, not for callers.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -19,7 +20,8 @@ from service.rpc.errors import DETAILS_KEY, error_from
 from service.rpc.inference import ATTENTION, CLASSIFY, EXPLAIN, GENERATE, LIST_MODELS
 from service.rpc.methods import REQUEST_ID
 
-MODELS_TIMEOUT_S = 2.0  # a worker that takes longer to say what it serves is not ready
+LOOK_TIMEOUT_S = 2.0  # a worker that takes longer to say what it serves is down
+DOWN_S = 5.0  # longer than from one of a gateway's looks to the end of the next, so that a hung worker stays down
 
 _OPTIONS = (
     # The gateway has already bounded what it accepts, and what a worker answers is as long as it is.
@@ -42,12 +44,17 @@ _log = logging.getLogger("attnd.rpc")
 
 
 class WorkerChannel:
-    """One worker's channel, how busy it is, and until when it is not worth trying first."""
+    """One worker's channel, how busy it is, whether it is down, and the models it last said it serves.
+
+    `models` are None until it has told them.
+    """
 
     def __init__(self, address: str, api_key: str) -> None:
         self._address = address
         self.num_open = 0
-        self.down_until = 0.0
+        self.models: list[ModelInfo] | None = None
+        self._down_until = 0.0
+        self._look: asyncio.Task[Unavailable | None] | None = None
         self._authorization = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         channel: Any = grpc.aio.insecure_channel(address, options=_OPTIONS)  # its type stubs insist on serializers
         self._channel = channel
@@ -56,6 +63,14 @@ class WorkerChannel:
         self._explain = channel.unary_unary(EXPLAIN)
         self._generate = channel.unary_stream(GENERATE)
         self._list_models = channel.unary_unary(LIST_MODELS)
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it failed a moment ago and has not answered since."""
+        return self._down_until > time.monotonic()
+
+    def serves(self, model_id: str) -> bool:
+        return any(model.id == model_id for model in self.models or ())
 
     async def classify(self, message: bytes, call: Call) -> Classification:
         return classify.parse_classification(await self._reply(self._classify, message, call))
@@ -73,23 +88,35 @@ class WorkerChannel:
                 for event in generate.parse_events(reply):
                     yield event
 
-    async def models(self) -> list[ModelInfo]:
+    def look(self) -> "asyncio.Task[Unavailable | None]":
+        """Ask what it serves, together with whoever does so already. The task tells why it does not answer."""
+        if self._look is None or self._look.done():
+            self._look = asyncio.create_task(self._looked())
+        return self._look
+
+    async def _looked(self) -> Unavailable | None:
         begun = time.monotonic()
         try:
-            reply = await self._list_models(b"", timeout=MODELS_TIMEOUT_S, metadata=self._authorization)
+            reply = await self._list_models(b"", timeout=LOOK_TIMEOUT_S, metadata=self._authorization)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError) as failure:
             error = self._error_of(failure, begun)
-            raise Unavailable("a worker does not answer") if isinstance(error, DeadlineExceeded) else error from None
-        self.down_until = 0.0
-        return models.parse_models(reply)
+            if isinstance(error, Unavailable):
+                return error
+            self._goes_down(f"asked what it serves: {error.message}")
+            return Unavailable("a worker does not say what it serves")
+        self.models = models.parse_models(reply)
+        self._answers()
+        return None
 
     async def aclose(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
         await self._channel.close()
 
     async def _reply(self, method: Any, message: bytes, call: Call) -> bytes:
         with self._open(call):
             reply: bytes = await method(message, timeout=_time_left(call), metadata=self._metadata(call))
-            self.down_until = 0.0
+            self._answers()
             return reply
 
     async def _replies(self, method: Any, message: bytes, call: Call) -> AsyncGenerator[bytes, None]:
@@ -98,7 +125,7 @@ class WorkerChannel:
             try:
                 # One message at a time: gRPC's flow control slows down a worker whose messages nobody takes.
                 while (reply := await stream.read()) is not _END:
-                    self.down_until = 0.0
+                    self._answers()
                     yield reply
             finally:
                 stream.cancel()
@@ -126,18 +153,22 @@ class WorkerChannel:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:  # the gateway's key, not the caller's
             error, said = Unavailable("a worker refuses the gateway's API key"), "it refuses this gateway's API key"
         if isinstance(error, Unavailable):
-            self._goes_down(said, error.retry_after_s)
+            self._goes_down(said)
         elif isinstance(error, DeadlineExceeded) and not details:
             return DeadlineExceeded(f"the deadline passed after {time.monotonic() - begun:.3f} s")
         elif not details:
             _log.error("worker %s: %s: %s", self._address, failure.code().name, said)
         return error
 
-    def _goes_down(self, reason: str, seconds: float) -> None:
-        now = time.monotonic()
-        if self.down_until <= now:
+    def _goes_down(self, reason: str) -> None:
+        if not self.is_down:
             _log.warning("worker %s is down: %s", self._address, reason)
-        self.down_until = now + seconds
+        self._down_until = time.monotonic() + DOWN_S
+
+    def _answers(self) -> None:
+        if self._down_until:
+            _log.info("worker %s answers again", self._address)
+            self._down_until = 0.0
 
 
 def _time_left(call: Call) -> float:

@@ -6,7 +6,6 @@ open requests, and again to another when a worker cannot be reached: a classific
 
 import asyncio
 import itertools
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
@@ -27,6 +26,8 @@ from service.domain import (
 from service.errors import AttndError, ConfigError, NotFound, Unavailable, Unsupported
 from service.rpc.channel import WorkerChannel
 from service.rpc.codec import attend, classify, generate
+
+PATIENCE_S = 0.25  # less than any probe waits
 
 Answer = TypeVar("Answer")
 
@@ -84,12 +85,24 @@ class RemoteBackend:
         raise failures[0]
 
     async def models(self) -> list[ModelInfo]:
-        """What the reachable workers serve together; Unavailable when there is none."""
-        answers = await asyncio.gather(*(worker.models() for worker in self._workers), return_exceptions=True)
-        failures = [answer for answer in answers if isinstance(answer, BaseException)]
-        if len(failures) == len(answers):
+        """What the workers serve together, those that do not answer as they last said; Unavailable when none answers.
+
+        Once one has answered, nobody waits for the others longer than PATIENCE_S, nor for any that is down.
+        """
+        looks = {worker: worker.look() for worker in self._workers}
+        failures = []
+        for look in asyncio.as_completed(looks.values()):
+            if (failure := await look) is None:
+                break
+            failures.append(failure)
+        else:
             raise failures[0]
-        found = {model.id: model for answer in answers if not isinstance(answer, BaseException) for model in answer}
+        if late := [look for worker, look in looks.items() if not look.done() and not worker.is_down]:
+            await asyncio.wait(late, timeout=PATIENCE_S)
+        return self._known()
+
+    def _known(self) -> list[ModelInfo]:
+        found = {model.id: model for worker in self._workers for model in worker.models or ()}
         return [found[key] for key in sorted(found)]
 
     async def aclose(self) -> None:
@@ -99,5 +112,4 @@ class RemoteBackend:
         """The workers to try: reachable before unreachable, then the least busy, then in turn."""
         first = next(self._turns) % len(self._workers)
         rotated = self._workers[first:] + self._workers[:first]
-        now = time.monotonic()
-        return sorted(rotated, key=lambda worker: (worker.down_until > now, worker.num_open))
+        return sorted(rotated, key=lambda worker: (worker.is_down, worker.num_open))
