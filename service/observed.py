@@ -2,6 +2,8 @@
 
 A request that never became one (bad JSON, wrong key, too many bytes) is reported by the edge with `rejected`, one that
 came to no route (not HTTP, no such path, a client that left before it was complete) with `turned_away`.
+
+Since it knows what is open, it also ends what still is when the server's time is up.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from service.backend import Backend
 from service.domain import (
@@ -61,6 +63,8 @@ _CLASSIFIES = ("classification",)
 _OF_TIMEOUT = 0.95
 _EARLY_S = 0.002  # and of timers
 
+_LAST_WORDS_S = 1.0  # for the edges to tell the callers of what is ended here
+
 _OUTCOMES: dict[type[BaseException], str] = {
     InvalidRequest: "invalid",
     TooLarge: "invalid",
@@ -100,6 +104,8 @@ class Observed:
         self._write_line = log
         self._clock = clock
         self._models: list[ModelInfo] = []
+        self._open: set[asyncio.Task[Any] | None] = set()  # each awaits the backend
+        self._is_closing = False
 
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
         result = await self._counted(self._backend.classify(request, call), call, request.model, _CLASSIFIES)
@@ -124,15 +130,20 @@ class Observed:
 
     async def _counted(self, work: Awaitable[Result], call: Call, wanted: str | None, tasks: Sequence[str]) -> Result:
         """What `work` results in; counted here when it fails."""
-        in_flight = self._metrics.in_flight_of(call.route)
+        in_flight, task = self._metrics.in_flight_of(call.route), asyncio.current_task()
         in_flight.inc()
+        self._open.add(task)
         try:
             return await work
-        except BaseException as error:
+        except BaseException as caught:
+            error = self._end_of(caught)
             self._failed(call, error, self._known(wanted, tasks))
+            if error is not caught:
+                raise error from None
             raise
         finally:
             in_flight.dec()
+            self._open.discard(task)
 
     def _succeeded(
         self, call: Call, result: Classification | AttentionMaps | Explanation, fields: Mapping[str, object]
@@ -146,8 +157,9 @@ class Observed:
     async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
         call.progress.is_told_late = request.num_beams > 1  # all at the end
         tally = Tally(call, self._metrics, self._clock)
-        in_flight = self._metrics.in_flight_of(call.route)
+        in_flight, task = self._metrics.in_flight_of(call.route), asyncio.current_task()
         in_flight.inc()
+        self._open.add(task)
         try:
             async with aclosing(self._backend.generate(request, call)) as events:
                 async for event in events:
@@ -157,13 +169,17 @@ class Observed:
                     yield event
             if tally.end is None:
                 raise EngineFailed("the generation broke off")
-        except BaseException as error:
+        except BaseException as caught:
+            error = self._end_of(caught)
             if tally.end is None:  # what comes after a complete reply is not its outcome
                 tally.model = tally.model or self._known(request.model, generation_tasks(request))
                 self._generated(call, tally, self._outcome(call, error), self._reason(call, error))
+            if error is not caught:
+                raise error from None
             raise
         finally:
             in_flight.dec()
+            self._open.discard(task)
 
     async def models(self) -> list[ModelInfo]:
         self._models = await self._backend.models()
@@ -175,7 +191,19 @@ class Observed:
         return self._models
 
     async def aclose(self) -> None:
+        """End what is still open with an error that its caller gets, as long as the edges are there; see roles.py."""
+        self._is_closing = True
+        if still_open := [task for task in self._open if task is not None]:
+            for task in still_open:
+                task.cancel()
+            await asyncio.wait(still_open, timeout=_LAST_WORDS_S)
         await self._backend.aclose()
+
+    def _end_of(self, error: BaseException) -> BaseException:
+        """What ended a request: where it is cancelled by `aclose`, its caller has not left."""
+        if self._is_closing and isinstance(error, asyncio.CancelledError):
+            return Unavailable("the server is stopping", code="draining")
+        return error
 
     def rejected(self, call: Call, error: AttndError) -> None:
         """Count a request that failed before it could be understood."""

@@ -7,7 +7,7 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 
 # What each role imports is imported by that role: a gateway carries no ONNX Runtime, a worker no web framework.
 
-Stop = Callable[[], Awaitable[None]]
-
 _log = logging.getLogger("attnd")
 
 
-class Front(Protocol):
-    """The edge that probes and scrapers ask."""
+class Edge(Protocol):
+    """What callers ask, or probes and scrapers."""
 
     async def drain(self) -> None:
         """Take no new work and say so; returns once what was accepted is answered, or the drain timeout is over."""
@@ -62,7 +60,7 @@ def _observed(backend: Backend, metrics: Metrics, settings: Settings) -> Observe
     return Observed(backend, metrics, log=RequestLog().write if is_logged else None)
 
 
-async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -> Front:
+async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -> Edge:
     from service.gateway.app import create_app
     from service.gateway.server import HttpServer
 
@@ -72,16 +70,16 @@ async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -
     return server
 
 
-async def _start_rpc(backend: Observed, settings: Settings) -> Stop:
+async def _start_rpc(backend: Observed, settings: Settings) -> Edge:
     from service.rpc.server import RpcServer
 
     server = RpcServer(backend, settings)
     port = await server.start()
     _log.info("gRPC on %s", address_text(settings.host, port))
-    return server.stop
+    return server
 
 
-async def _start_status(backend: Observed, metrics: Metrics, settings: Settings) -> Front:
+async def _start_status(backend: Observed, metrics: Metrics, settings: Settings) -> Edge:
     from service.status import StatusServer
 
     server = StatusServer(backend, metrics, host=settings.host, port=settings.metrics_port)
@@ -126,10 +124,8 @@ async def _gateway(settings: Settings) -> None:
     await _run(backend, await _start_http(backend, metrics, settings), None, None)
 
 
-async def _run(
-    backend: Observed, front: Front, stop_rpc: Stop | None, load: Callable[[], Awaitable[None]] | None
-) -> None:
-    """Load, serve until a signal, then drain: the edges finish what they accepted before the backend closes."""
+async def _run(backend: Observed, front: Edge, rpc: Edge | None, load: Callable[[], Awaitable[None]] | None) -> None:
+    """Load, serve until a signal, then drain. The `front` is what probes and scrapers ask."""
     stopped = asyncio.ensure_future(_signal())
     try:
         if load is not None:
@@ -144,14 +140,18 @@ async def _run(
         _log.info("draining")
     finally:
         stopped.cancel()
-        await _drain(front, stop_rpc)
-        await backend.aclose()
+        await _drain(backend, [front] if rpc is None else [rpc, front])
 
 
-async def _drain(front: Front, stop_rpc: Stop | None) -> None:
-    """The front goes last: whoever probes for life would end a process that still answers what it accepted."""
-    await asyncio.gather(front.drain(), *([stop_rpc()] if stop_rpc is not None else []))
-    await front.stop()
+async def _drain(backend: Observed, edges: Sequence[Edge]) -> None:
+    """The edges finish what they accepted before the backend closes, and tell the callers of what it could not finish.
+
+    The front goes last: whoever probes for life would end a process that still answers what it accepted.
+    """
+    await asyncio.gather(*(edge.drain() for edge in edges))
+    await backend.aclose()
+    for edge in edges:
+        await edge.stop()
 
 
 async def _signal() -> None:

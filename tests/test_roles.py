@@ -11,15 +11,19 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from fakes import MODEL, FakeBackend, until
+from fakes import CHAT, MODEL, FakeBackend, until
 from processes import free_ports, needs_ipv6, until_draining
+from rpc import details_of, failure_of
 
 from service import roles
 from service.address import address_text
 from service.config import Settings
 from service.observed import Observed
+from service.rpc.inference import SERVICE
 from service.rpc.pb.attnd.v1 import inference_pb2 as pb
 from service.worker.session import runtime_facts
+
+CLASSIFY = pb.ClassifyRequest(inputs=[pb.TextInput(text="a fine film")])
 
 
 @pytest.fixture
@@ -51,8 +55,16 @@ class Process:
     channel: Any
 
     def classify(self) -> Any:
-        method = self.channel.unary_unary("/attnd.v1.Inference/Classify", None, pb.ClassifyResponse.FromString)
-        return method(pb.ClassifyRequest(inputs=[pb.TextInput(text="a fine film")]).SerializeToString(), timeout=30)
+        method = self.channel.unary_unary(f"/{SERVICE}/Classify", None, pb.ClassifyResponse.FromString)
+        return method(CLASSIFY.SerializeToString(), timeout=30)
+
+    def stream(self) -> Any:
+        reply = pb.ClassifyStreamResponse.FromString
+        return self.channel.stream_stream(f"/{SERVICE}/ClassifyStream", None, reply)(timeout=30)
+
+    def generate(self) -> Any:
+        message = pb.GenerateRequest(prompts=[pb.Prompt(text="a fine film")])
+        return self.channel.unary_stream(f"/{SERVICE}/Generate")(message.SerializeToString(), timeout=30)
 
 
 Run = Callable[..., AbstractAsyncContextManager[Process]]
@@ -63,13 +75,19 @@ def run(monkeypatch: pytest.MonkeyPatch, thawed: None) -> Run:
     """Runs a role on free ports of `host` until it has ended."""
 
     @asynccontextmanager
-    async def run(role: Callable[[Settings], Coroutine[Any, Any, None]], host: str) -> AsyncIterator[Process]:
+    async def run(
+        role: Callable[[Settings], Coroutine[Any, Any, None]], host: str, *, drain_timeout: float = 30
+    ) -> AsyncIterator[Process]:
         backend = FakeLocal()
         monkeypatch.setattr(roles, "_local_backend", lambda settings, metrics: backend)
         monkeypatch.setattr(roles, "_signal", backend.signal.wait)
         http_port, grpc_port = free_ports(2)
         settings = Settings(
-            host=host, http_port=http_port, metrics_port=http_port, grpc_port=grpc_port, drain_timeout=30
+            host=host,
+            http_port=http_port,
+            metrics_port=http_port,
+            grpc_port=grpc_port,
+            drain_timeout=drain_timeout,
         )
         ended = asyncio.ensure_future(role(settings))
         loaded = asyncio.ensure_future(backend.loaded.wait())
@@ -123,6 +141,46 @@ async def test_new_work_is_refused_in_words_until_grpc_has_drained(run: Run) -> 
         assert "retry-after" in late.headers
         process.backend.release()
         assert (await held).model == MODEL.id
+
+
+async def test_what_is_open_when_the_drain_is_over_ends_in_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = roles.make_metrics(Settings())
+    monkeypatch.setattr(roles, "make_metrics", lambda *_: metrics)
+    async with run(roles._serve, "127.0.0.1", drain_timeout=0.2) as process:
+        process.backend.served = [MODEL, CHAT]
+        process.backend.hold()
+        over_http = [
+            asyncio.ensure_future(process.http.post(path, json=body))
+            for path, body in (("/v1/classify", {"input": "a"}), ("/v1/generate", {"prompt": "a", "stream": True}))
+        ]
+        over_grpc = [process.classify(), process.generate().read(), (stream := process.stream()).read()]
+        await stream.write(pb.ClassifyStreamRequest(request=CLASSIFY).SerializeToString())
+        failing = [asyncio.ensure_future(failure_of(call)) for call in over_grpc[:2]]
+        await until(lambda: process.backend.num_waiting == 5)
+        process.backend.signal.set()
+        for asked in over_http:
+            reply = await asked
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "draining")
+            assert "retry-after" in reply.headers
+        for failed in failing:
+            failure = await failed
+            assert failure.code() is grpc.StatusCode.UNAVAILABLE
+            assert "RetryInfo" in str(details_of(failure))
+        assert (await over_grpc[2]).error.code == "draining"
+        await process.ended
+    counted = {
+        (sample.labels["route"], sample.labels["outcome"])
+        for metric in metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == "attnd_request_seconds_count" and sample.value
+    }
+    routes = (
+        "/v1/classify",
+        "/v1/generate",
+        *(f"/{SERVICE}/{name}" for name in ("Classify", "ClassifyStream", "Generate")),
+    )
+    assert counted == {(route, "error") for route in routes}
+    assert process.backend.num_cancelled == 5
 
 
 @pytest.mark.parametrize("role", [roles._serve, roles._worker])

@@ -33,7 +33,8 @@ async def answering(answer: Answer, *, grace_s: float = 0.0) -> AsyncIterator[An
         async with grpc.aio.insecure_channel(address) as channel:
             yield channel.stream_stream("/a.B/C")
     finally:
-        await port.stop(grace_s)
+        await port.drain(grace_s)
+        await port.stop(0.0)
         await asyncio.gather(*open_, return_exceptions=True)
         port.close()
 

@@ -151,10 +151,14 @@ class Port:
             self._request()
         self._thread.start()
 
-    async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, let the open ones end for `grace_s` seconds, cancel those that remain."""
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new calls; returns once the open ones have ended, or after `grace_s` seconds."""
         self._is_stopping = True
         self._server.shutdown(self._queue, lambda event: self._stopped.set_result(None))
+        await asyncio.wait([self._stopped], timeout=grace_s)
+
+    async def stop(self, grace_s: float) -> None:
+        """After `drain`: cancel the calls that remain when `grace_s` seconds more are over."""
         await asyncio.wait([self._stopped], timeout=grace_s)
         if not self._stopped.done():
             self._server.cancel_all_calls()

@@ -37,6 +37,10 @@ class Health:
             f"/{SERVICE}/Watch": ServerStreaming(self.watch),
         }
 
+    @property
+    def is_draining(self) -> bool:
+        return self._draining.is_set()
+
     def drain(self) -> None:
         """Say NOT_SERVING from now on, to those who watch too, and end their calls."""
         self._draining.set()

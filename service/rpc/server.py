@@ -34,6 +34,7 @@ _OVERSIZE_FACTOR = 4
 
 _SHOWN = 128  # characters of a path that an error repeats
 _DRAINING = "draining"
+_LAST_WORDS_S = 0.5  # to send what calls have ended with in the meantime
 
 _log = logging.getLogger("attnd.rpc")
 
@@ -71,14 +72,21 @@ class RpcServer:
         self._port = port
         return bound
 
-    async def stop(self) -> None:
-        """Say NOT_SERVING, refuse new calls, finish the accepted ones in `drain_timeout` seconds, then close."""
+    async def drain(self) -> None:
+        """Say NOT_SERVING, refuse new calls; returns once the accepted ones are answered, or the grace is over."""
         self._health.drain()
         for task in list(self._reading):
             task.cancel(_DRAINING)
+        if self._port is not None:
+            await self._port.drain(self._settings.drain_timeout)
+
+    async def stop(self) -> None:
+        """Drain, unless that is done, and close everything."""
+        if not self._health.is_draining:
+            await self.drain()
         port, self._port = self._port, None
         if port is not None:
-            await port.stop(self._settings.drain_timeout)
+            await port.stop(_LAST_WORDS_S)
             await asyncio.gather(*self._tasks, return_exceptions=True)
             port.close()
 
