@@ -64,6 +64,26 @@ async def test_while_it_drains_it_is_alive_and_not_ready(start: Start) -> None:
     assert (await get("/metrics")).status_code == 200
 
 
+async def test_a_backend_that_does_not_answer_is_not_ready_and_is_not_asked_on(
+    start: Start, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up = asyncio.Event()
+
+    async def models() -> list[ModelInfo]:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_up.set()
+        return []
+
+    monkeypatch.setattr(status, "READY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(backend, "models", models)
+    _, get = await start()
+    reply = await get("/readyz")
+    assert (reply.status_code, reply.json()["reason"]) == (503, "the event loop does not answer")
+    await asyncio.wait_for(given_up.wait(), 5)
+
+
 async def test_a_head_is_that_of_a_get_alone(start: Start) -> None:
     _, get = await start()
     reply, whole = await get("/healthz", method="HEAD"), await get("/healthz")
