@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -333,11 +334,12 @@ async def test_one_failing_input_does_not_disturb_its_neighbours(make: Make, eng
     await backend.aclose()
 
 
-async def test_a_dead_engine_thread_fails_what_is_open_and_turns_readiness_red(
+async def test_a_dead_engine_thread_fails_its_own_model_and_turns_readiness_red(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classifier = make()
-    backend = await started(classifier)
+    classifier, other = make(), make()
+    other.info = replace(other.info, id="other")
+    backend = await started(classifier, other)
 
     def broken(_: object) -> None:
         raise MemoryError
@@ -347,8 +349,10 @@ async def test_a_dead_engine_thread_fails_what_is_open_and_turns_readiness_red(
         await backend.classify(request("good"), call())
     with pytest.raises(Unavailable, match="the engine of tiny has failed"):
         await backend.models()
-    with pytest.raises(Unavailable):
-        await backend.classify(request("good"), call())
+    for dead in (request("good"), request("good", model="tiny")):
+        with pytest.raises(Unavailable, match="the engine of tiny has failed"):
+            await backend.classify(dead, call())
+    assert (await backend.classify(request("good", model="other"), call())).results[0][0].label == "YES"
     await backend.aclose()
 
 

@@ -46,13 +46,13 @@ class LocalBackend:
         self._refusal = None
 
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
-        chosen = choose_model(self._ready(), ("classification",), request.model)
+        chosen = choose_model(self._open(), ("classification",), request.model)
         classifier = self._served[chosen.id]
         assert isinstance(classifier, Classifier)
         return await classifier.classify(request, call)
 
     async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
-        chosen = choose_model(self._ready(), attention_tasks(request), request.model)
+        chosen = choose_model(self._open(), attention_tasks(request), request.model)
         model = self._served[chosen.id]
         if isinstance(model, Classifier):
             return await model.attention(request, call)
@@ -62,14 +62,14 @@ class LocalBackend:
         return await model.attending.attention(request, call, model.generate)
 
     async def explain(self, request: ExplainRequest, call: Call) -> Explanation:
-        chosen = choose_model(self._ready(), ("classification",), request.model)
+        chosen = choose_model(self._open(), ("classification",), request.model)
         classifier = self._served[chosen.id]
         assert isinstance(classifier, Classifier)
         return await classifier.explain(request, call)
 
     def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
         """See Backend. What can be refused at once is raised by this call itself."""
-        chosen = choose_model(self._ready(), generation_tasks(request), request.model)
+        chosen = choose_model(self._open(), generation_tasks(request), request.model)
         generator = self._served[chosen.id]
         assert isinstance(generator, Generator)
         if chosen.task == "translation":
@@ -77,15 +77,17 @@ class LocalBackend:
         return generator.generate(request, call)
 
     async def models(self) -> list[ModelInfo]:
-        return self._ready()
-
-    def _ready(self) -> list[ModelInfo]:
-        """The served models. Raises Unavailable while loading, while draining, and once an engine has failed."""
-        if self._refusal is not None:
-            raise Unavailable(self._refusal.message, code=self._refusal.code)
+        """See Backend. Raises Unavailable once an engine has failed, too; the other models still serve."""
+        models = self._open()
         dead = [name for name, one in self._served.items() if not one.is_alive]
         if dead:
             raise Unavailable(f"the engine of {', '.join(dead)} has failed", code="engine_dead")
+        return models
+
+    def _open(self) -> list[ModelInfo]:
+        """The served models. Raises Unavailable while loading and while draining."""
+        if self._refusal is not None:
+            raise Unavailable(self._refusal.message, code=self._refusal.code)
         return self._models
 
     async def aclose(self) -> None:
