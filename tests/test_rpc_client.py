@@ -342,6 +342,47 @@ async def test_a_request_finds_the_worker_that_has_its_model(workers: Workers) -
         await remote.classify(replace(REQUEST, model="nope"), call())
 
 
+async def test_only_workers_that_serve_the_model_are_asked(workers: Workers) -> None:
+    """Others would count what is none of theirs as invalid, and they answer first."""
+    first, second = FakeBackend(), FakeBackend()
+    second.served = [CHAT]
+    remote = workers.remote(await workers.start(first), await workers.start(second))
+    for _ in range(4):
+        assert (await remote.classify(REQUEST, call())).model == "sentiment"
+        assert await texts_of(remote, replace(GENERATE, model=None)) == ["one ", "two ", "three "]
+    assert (len(first.calls), len(second.calls)) == (4, 4)
+    with pytest.raises(Unsupported, match="models for classification: sentiment"):
+        await remote.classify(replace(REQUEST, model="chat"), call())
+    with pytest.raises(NotFound, match="served are: chat, sentiment"):
+        await texts_of(remote, replace(GENERATE, model="nope"))
+    assert (len(first.calls), len(second.calls)) == (4, 4)
+
+
+async def test_a_model_may_be_at_a_worker_that_never_said_what_it_serves(
+    workers: Workers, backend: FakeBackend
+) -> None:
+    loading = FakeBackend()
+    loading.unready = Unavailable("the models are being loaded", code="loading")
+    remote = workers.remote(await workers.start(backend), await workers.start(loading))
+    with pytest.raises(Unavailable, match="not said yet"):
+        await texts_of(remote)
+    loading.served, loading.unready = [CHAT], None
+    while CHAT not in await remote.models():  # noqa: ASYNC110 - the next look at it
+        await asyncio.sleep(0.01)
+    assert await texts_of(remote) == ["one ", "two ", "three "]
+    with pytest.raises(NotFound):
+        await texts_of(remote, replace(GENERATE, model="nope"))
+
+
+async def test_looking_for_a_model_ends_with_the_deadline(workers: Workers) -> None:
+    stuck = Stuck()
+    stuck.is_stuck = True
+    remote, begun = workers.remote(await workers.start(stuck)), time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        await remote.classify(REQUEST, call(0.1))
+    assert time.monotonic() - begun < 1
+
+
 async def test_attention_finds_a_worker_that_can_tell_it(workers: Workers) -> None:
     """One that serves the model says best why not."""
     unable, able = FakeBackend(error=Unsupported("'chat' tells no attention", code="no_attention")), FakeBackend()

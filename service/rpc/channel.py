@@ -115,13 +115,13 @@ class WorkerChannel:
 
     async def _reply(self, method: Any, message: bytes, call: Call) -> bytes:
         with self._open(call):
-            reply: bytes = await method(message, timeout=_time_left(call), metadata=self._metadata(call))
+            reply: bytes = await method(message, timeout=time_left(call), metadata=self._metadata(call))
             self._answers()
             return reply
 
     async def _replies(self, method: Any, message: bytes, call: Call) -> AsyncGenerator[bytes, None]:
         with self._open(call):
-            stream = method(message, timeout=_time_left(call), metadata=self._metadata(call))
+            stream = method(message, timeout=time_left(call), metadata=self._metadata(call))
             try:
                 # One message at a time: gRPC's flow control slows down a worker whose messages nobody takes.
                 while (reply := await stream.read()) is not _END:
@@ -171,7 +171,7 @@ class WorkerChannel:
             self._down_until = 0.0
 
 
-def _time_left(call: Call) -> float:
+def time_left(call: Call) -> float:
     """Seconds until the deadline. Raises DeadlineExceeded."""
     timeout_s = call.deadline - time.monotonic()
     if timeout_s <= 0:

@@ -22,14 +22,19 @@ from service.domain import (
     Explanation,
     GenerateRequest,
     ModelInfo,
+    attention_tasks,
+    choose_model,
+    generation_tasks,
 )
-from service.errors import AttndError, ConfigError, NotFound, Unavailable, Unsupported
-from service.rpc.channel import WorkerChannel
+from service.errors import AttndError, ConfigError, DeadlineExceeded, NotFound, Unavailable, Unsupported
+from service.rpc.channel import WorkerChannel, time_left
 from service.rpc.codec import attend, classify, generate
 
 PATIENCE_S = 0.25  # less than any probe waits
 
 Answer = TypeVar("Answer")
+
+_CLASSIFIES = ("classification",)
 
 # Failures after which another worker is asked. The model may be on the one that cannot be reached, so that says more.
 _SAYS_MOST: list[type[AttndError]] = [Unavailable, Unsupported, NotFound]
@@ -46,31 +51,24 @@ class RemoteBackend:
 
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
         message = classify.request_bytes(request)
-        return await self._first_answer(lambda worker: worker.classify(message, call))
+        workers = await self._workers_for(_CLASSIFIES, request.model, call)
+        return await _first_answer(workers, lambda worker: worker.classify(message, call))
 
     async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
         message = attend.request_bytes(request)
-        return await self._first_answer(lambda worker: worker.attention(message, call))
+        workers = await self._workers_for(attention_tasks(request), request.model, call)
+        return await _first_answer(workers, lambda worker: worker.attention(message, call))
 
     async def explain(self, request: ExplainRequest, call: Call) -> Explanation:
         message = attend.explain_request_bytes(request)
-        return await self._first_answer(lambda worker: worker.explain(message, call))
-
-    async def _first_answer(self, ask: Callable[[WorkerChannel], Awaitable[Answer]]) -> Answer:
-        """Of the first worker that can be reached and has a fit model; otherwise the failure that says most."""
-        failures: list[AttndError] = []
-        for worker in self._in_order():
-            try:
-                return await ask(worker)
-            except (Unavailable, Unsupported, NotFound) as error:
-                failures.append(error)
-        raise min(failures, key=lambda error: _SAYS_MOST.index(type(error)))
+        workers = await self._workers_for(_CLASSIFIES, request.model, call)
+        return await _first_answer(workers, lambda worker: worker.explain(message, call))
 
     async def generate(self, request: GenerateRequest, call: Call) -> AsyncGenerator[Event, None]:
         """Another worker is tried until one has sent an event, never after: it would begin another text."""
         message = generate.request_bytes(request, wants_tokens=call.wants_tokens)
         failures: list[AttndError] = []
-        for worker in self._in_order():
+        for worker in await self._workers_for(generation_tasks(request), request.model, call):
             has_begun = False
             try:
                 async with aclosing(worker.generate(message, call)) as events:
@@ -78,11 +76,11 @@ class RemoteBackend:
                         has_begun = True
                         yield event
                     return
-            except (Unavailable, NotFound) as error:
+            except (Unavailable, Unsupported, NotFound) as error:
                 if has_begun:
                     raise
-                failures.insert(0 if isinstance(error, Unavailable) else len(failures), error)
-        raise failures[0]
+                failures.append(error)
+        raise _saying_most(failures)
 
     async def models(self) -> list[ModelInfo]:
         """What the workers serve together, those that do not answer as they last said; Unavailable when none answers.
@@ -108,8 +106,41 @@ class RemoteBackend:
     async def aclose(self) -> None:
         await asyncio.gather(*(worker.aclose() for worker in self._workers))
 
-    def _in_order(self) -> list[WorkerChannel]:
-        """The workers to try: reachable before unreachable, then the least busy, then in turn."""
-        first = next(self._turns) % len(self._workers)
-        rotated = self._workers[first:] + self._workers[:first]
-        return sorted(rotated, key=lambda worker: (worker.is_down, worker.num_open))
+    async def _workers_for(self, tasks: Sequence[str], wanted: str | None, call: Call) -> list[WorkerChannel]:
+        """Those with the model that is asked for, in the order to ask them: those that are down last, the least busy
+        first, then in turn. Raises NotFound and Unsupported, of all workers' models, DeadlineExceeded and Unavailable.
+        """
+        try:
+            chosen = choose_model(self._known(), tasks, wanted)
+        except (NotFound, Unsupported):
+            chosen = await self._sought(tasks, wanted, call)
+        fit = [worker for worker in self._workers if worker.serves(chosen.id)]
+        first = next(self._turns) % len(fit)
+        return sorted(fit[first:] + fit[:first], key=lambda worker: (worker.is_down, worker.num_open))
+
+    async def _sought(self, tasks: Sequence[str], wanted: str | None, call: Call) -> ModelInfo:
+        """A model that no worker is known to serve: of those that they serve now."""
+        try:
+            async with asyncio.timeout(time_left(call)):
+                return choose_model(await self.models(), tasks, wanted)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before a worker could be asked") from None
+        except (NotFound, Unsupported):
+            if any(worker.models is None for worker in self._workers):
+                raise Unavailable("a worker has not said yet what it serves") from None
+            raise
+
+
+async def _first_answer(workers: Sequence[WorkerChannel], ask: Callable[[WorkerChannel], Awaitable[Answer]]) -> Answer:
+    """Of the first of `workers` that can be reached and has a fit model; otherwise the failure that says most."""
+    failures: list[AttndError] = []
+    for worker in workers:
+        try:
+            return await ask(worker)
+        except (Unavailable, Unsupported, NotFound) as error:
+            failures.append(error)
+    raise _saying_most(failures)
+
+
+def _saying_most(failures: Sequence[AttndError]) -> AttndError:
+    return min(failures, key=lambda error: _SAYS_MOST.index(type(error)))
