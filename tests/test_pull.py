@@ -7,10 +7,12 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.torch import save_file
@@ -426,3 +428,57 @@ def test_a_header_that_lies_about_its_length_is_refused(tmp_path: Path) -> None:
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
     with pytest.raises(BundleError, match="damaged or cut off"):
         read_checkpoint(directory)
+
+
+def change_json(path: Path, change: Callable[[Any], Any]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def change_header(path: Path, change: Callable[[Any], Any]) -> None:
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(change(json.loads(content[8:end]))).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[end:])
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("changed", "change", "message"),
+    [
+        ("header", lambda header: header | {NORM: header[NORM] | {"data_offsets": [0, 4]}}, "has 4 bytes, its shape"),
+        ("header", lambda header: header | {NORM: header[NORM] | {"data_offsets": [-64, 0]}}, "damaged or cut off"),
+        ("header", lambda header: header | {NORM: header[NORM] | {"data_offsets": [0, 4, 8]}}, ""),
+        ("header", lambda header: header | {NORM: None}, ""),
+        ("header", lambda header: [1], ""),
+        ("config", lambda config: [], ""),
+        ("config", lambda config: config | {"num_attention_heads": 0}, ""),
+        ("config", lambda config: config | {"num_attention_heads": [2, 2]}, ""),
+        ("config", lambda config: {"model_type": "llama"}, "hidden_size is missing"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_in_words(
+    tmp_path: Path, changed: str, change: Callable[[Any], Any], message: str
+) -> None:
+    directory = save_safetensors(tmp_path / "tensors")
+    if changed == "header":
+        change_header(directory / "model.safetensors", change)
+    else:
+        change_json(directory / "config.json", change)
+    with pytest.raises(BundleError, match=f"cannot be bound: .*{message}"):
+        read_checkpoint(directory)
+
+
+def test_a_gguf_file_of_another_family_is_named_before_its_sizes_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "openelm.gguf"
+    writer = gguf.GGUFWriter(path, "openelm")
+    writer.add_embedding_length(32)
+    writer.add_head_count([2, 4])  # of each layer
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(BundleError, match=r"general\.architecture is 'openelm', this importer reads 'llama'"):
+        read_checkpoint(path)

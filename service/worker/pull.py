@@ -157,7 +157,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     is_tensors = path.is_dir() or path.suffix == ".safetensors"
     try:
         return read_safetensors(path if path.is_dir() else path.parent) if is_tensors else read_gguf(path)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise BundleError(f"{path} cannot be bound: {what}") from error
 

@@ -44,12 +44,12 @@ def sizes(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def architecture(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Sizes under our names; `shapes` have GGUF's names. Raises ValueError for a variant that we would not compute."""
+    check_variant(metadata, {"general.architecture": ("llama",)})  # others' sizes may be lists
     values = sizes(metadata)
     num_heads, width = values["attention.head_count"], values["embedding_length"]
     check_variant(
         {**metadata, **values, ROPE_FACTORS: ROPE_FACTORS in shapes},
         {
-            "general.architecture": ("llama",),
             "rope.scaling.type": ("none", None),
             "rope.dimension_count": (width // num_heads, None),
             "attention.key_length": (width // num_heads, None),

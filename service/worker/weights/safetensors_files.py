@@ -4,6 +4,7 @@ Owns the table of names and the safetensors layout (a length, a JSON header, raw
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,11 +95,14 @@ def header(path: Path) -> dict[str, Stored]:
         if one["dtype"] not in DTYPES:
             raise ValueError(f"{name} is {one['dtype']}, only {', '.join(DTYPES)} are read")
         first, end = one["data_offsets"]
-        if 8 + length + end > size:
+        if first < 0 or 8 + length + end > size:
             raise ValueError(
                 f"{path.name} is damaged or cut off: it has {size} bytes, {name} ends at {8 + length + end}"
             )
-        found[name] = Stored(path, one["dtype"], tuple(one["shape"]), 8 + length + first, end - first)
+        num_bytes = math.prod(one["shape"]) * DTYPES[one["dtype"]].itemsize
+        if end - first != num_bytes:
+            raise ValueError(f"{path.name} is damaged: {name} has {end - first} bytes, its shape takes {num_bytes}")
+        found[name] = Stored(path, one["dtype"], tuple(one["shape"]), 8 + length + first, num_bytes)
     return found
 
 
