@@ -111,6 +111,8 @@ async def test_a_hundred_sources_through_the_engine_get_what_the_reference_finds
     padded, limits = pad(sources, PAD_ID), [12] * len(sources)
     expected = beam_search(model, *padded, max_new=limits, num_written=num_written, **options)
     assert [found.ids(at) for at in range(len(sources))] == [until_end(best.ids) for best, *_ in expected]
+    scores = [found.finish(at).score for at in range(len(sources))]
+    assert scores == pytest.approx([best.score for best, *_ in expected], abs=1e-4)
 
 
 def make_translator(directory: Path) -> Generator:

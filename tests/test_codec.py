@@ -175,6 +175,8 @@ CODECS = {
             Finish(1, "stop", "", 0),
             Finish(1, "stop", stop=""),
             Finish(2, "length", "held", ids=(7, 2**32 - 1)),
+            Finish(0, "stop", score=0.0),
+            Finish(0, "stop", score=-0.1234567890123456),
         ],
         one_event,
     ),

@@ -61,7 +61,9 @@ async def test_one_prompt(served: wire.Served) -> None:
     assert reply.json == {
         "id": "r1",
         "model": "chat",
-        "outputs": [{"index": 0, "text": "a fine film ", "finish_reason": "stop", "stop": None, "logprobs": None}],
+        "outputs": [
+            {"index": 0, "text": "a fine film ", "finish_reason": "stop", "stop": None, "score": None, "logprobs": None}
+        ],
         "prompt_logprobs": None,
         "usage": {"prompt_tokens": 3, "completion_tokens": 3, "cached_tokens": 0},
         "timing": TIMING,
@@ -219,7 +221,7 @@ async def test_a_stream(served: wire.Served) -> None:
     assert reply.body == (
         b'data: {"index":0,"text":"a ","token":{"id":2,"text":"a "}}\n\n'
         + 'data: {"index":0,"text":"é ","token":{"id":2,"text":"é "}}\n\n'.encode()
-        + b'data: {"index":0,"text":"","finish_reason":"stop","stop":null}\n\n'
+        + b'data: {"index":0,"text":"","finish_reason":"stop","stop":null,"score":null}\n\n'
         + b'data: {"id":"r1","model":"chat","finish_reasons":["stop"],'
         + b'"usage":{"prompt_tokens":2,"completion_tokens":2,"cached_tokens":0},"timing":'
         + orjson.dumps(TIMING)
@@ -249,10 +251,10 @@ def test_what_was_held_back_comes_with_the_finish() -> None:
     """And every character that JSON must escape arrives, without a line end on the wire."""
     text = '"\\\n\r\t\0\u2028</script>😀'
     answer = native.parse_generate(b'{"prompt": "a"}', {}).answer("r")
-    lines = answer.piece(Token(0, 5, text)) + answer.piece(Finish(0, "stop", text, "###"))
+    lines = answer.piece(Token(0, 5, text)) + answer.piece(Finish(0, "stop", text, "###", score=-0.5))
     assert lines.count(b"\n") == 4
     token, finish = (orjson.loads(line.removeprefix(b"data: ")) for line in lines.split(b"\n\n")[:-1])
-    assert (token["text"], finish["text"], finish["stop"]) == (text, text, "###")
+    assert (token["text"], finish["text"], finish["stop"], finish["score"]) == (text, text, "###", -0.5)
 
 
 def test_outputs_that_interleave_keep_apart() -> None:

@@ -177,6 +177,11 @@ async def test_tokens_that_were_not_told_come_with_the_end_of_all() -> None:
     assert (await said(script, prompt="One. Two. Three."))[1] == Finish(0, "stop", "a b", 7, ids=(1, 2, 3))
 
 
+async def test_the_score_is_the_sum_of_the_sentences() -> None:
+    script = Script([Finish(1, "stop", "b", score=-0.25), Finish(0, "stop", "a", score=-0.5)])
+    assert (await said(script, prompt="One. Two."))[1] == Finish(0, "stop", "a b", score=-0.75)
+
+
 async def test_token_ids_are_a_source_as_they_are() -> None:
     script = Script([Finish(0, "stop", "a"), Finish(1, "stop", "b")])
     events = await said(script, prompt=[[3, 4], "Hi. "])

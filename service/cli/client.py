@@ -259,7 +259,7 @@ def _given(request: Any) -> dict[str, Any]:
 
 def _event(told: dict[str, Any]) -> Token | Finish:
     if "finish_reason" in told:
-        return Finish(told["index"], told["finish_reason"], told["text"], told["stop"])
+        return Finish(told["index"], told["finish_reason"], told["text"], told["stop"], score=told["score"])
     return Token(told["index"], told["token"]["id"], told["text"])
 
 

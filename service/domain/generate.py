@@ -106,7 +106,7 @@ class GenerateRequest:
     what the model's manifest says (0 is greedy). `seed` None: another one for every output. `logprobs`: for every
     token its log-probability and those of the k likeliest alternatives; None: none. `echo`: the prompt's tokens with
     their log-probabilities, too. `num_beams` over 1: beam search, whose `n` best outputs are told when it is
-    over, ranked by log p / tokens^length_penalty.
+    over, ranked by `score`, log p / tokens^length_penalty.
     The order in which sampling applies them: logit_bias, penalties, min_tokens, temperature, top_k, top_p, min_p.
     """
 
@@ -204,7 +204,8 @@ class Token:
 class Finish:
     """Output `index` is complete. `text` is what had been held back, `stop` what ended it, if a stop string or id.
 
-    `ids`: the tokens of `text` that no Token told of, since nobody wanted them (see Call).
+    `ids`: the tokens of `text` that no Token told of, since nobody wanted them (see Call). `score`: what a search ranks
+    it by, log p / tokens^length_penalty, the end token included; of several sentences, the sum of theirs.
     """
 
     index: int
@@ -212,6 +213,7 @@ class Finish:
     text: str = ""
     stop: str | int | None = None
     ids: tuple[int, ...] = ()
+    score: float | None = None
 
 
 @plain(frozen=True)

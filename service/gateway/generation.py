@@ -41,6 +41,7 @@ class Output:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # none unless they were asked for
     finish_reason: FinishReason = "stop"  # until its Finish comes
     stop: str | int | None = None
+    score: float | None = None
 
     @property
     def text(self) -> str:
@@ -162,7 +163,7 @@ async def collect(events: AsyncGenerator[Event, None], num_outputs: int) -> Tran
         elif type(event) is Finish:
             output = outputs[event.index]
             output.pieces.append(event.text)
-            output.finish_reason, output.stop = event.finish_reason, event.stop
+            output.finish_reason, output.stop, output.score = event.finish_reason, event.stop, event.score
         elif type(event) is PromptTokens:
             prompts.append(event.tokens)
         elif type(event) is Start:

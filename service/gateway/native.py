@@ -56,12 +56,16 @@ class LogprobObject:
 
 @dataclass(frozen=True)
 class OutputObject:
-    """`stop` is the stop string or id that ended it, if one did; `logprobs` is null unless asked for."""
+    """`stop` is the stop string or id that ended it, if one did; `score` what a beam search ranks it by, null without
+    one: log p / tokens^length_penalty, the end token included, the sum of it over the sentences of a translation;
+    `logprobs` is null unless asked for.
+    """
 
     index: int
     text: str
     finish_reason: FinishReason
     stop: str | int | None
+    score: float | None
     logprobs: list[LogprobObject] | None
 
 
@@ -117,15 +121,15 @@ class NativeAnswer:
 
     def _output(self, index: int, output: Output) -> OutputObject:
         logprobs = None if self._request.logprobs is None else [_logprob(token) for token in output.logprobs]
-        return OutputObject(index, output.text, output.finish_reason, output.stop, logprobs)
+        return OutputObject(index, output.text, output.finish_reason, output.stop, output.score, logprobs)
 
     def piece(self, event: Event) -> bytes:
         match event:
             case Token():
                 return _token_event(event)
-            case Finish(index, reason, text, stop):
+            case Finish(index, reason, text, stop, _, score):
                 self._reasons[index] = reason
-                about = {"index": index, "text": text, "finish_reason": reason, "stop": stop}
+                about = {"index": index, "text": text, "finish_reason": reason, "stop": stop, "score": score}
                 return sse.event(orjson.dumps(about))
             case PromptTokens(prompt, tokens):
                 return sse.event(orjson.dumps({"prompt": prompt, "prompt_logprobs": _prompt_logprobs(tokens)}))

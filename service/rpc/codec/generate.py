@@ -164,6 +164,7 @@ def _encode_finish(finish: Finish) -> pb.Finish:
         stop_string=finish.stop if isinstance(finish.stop, str) else None,
         stop_token_id=finish.stop if isinstance(finish.stop, int) else None,
         ids=finish.ids,
+        score=finish.score,
     )
 
 
@@ -194,7 +195,8 @@ def _decode_logprob(message: pb.TokenLogprob) -> TokenLogprob:
 def _decode_finish(message: pb.Finish) -> Finish:
     kind = message.WhichOneof("stop")
     stop = None if kind is None else getattr(message, kind)
-    return Finish(message.index, _REASON_NAMES[message.finish_reason], message.text, stop, tuple(message.ids))
+    score = message.score if message.HasField("score") else None
+    return Finish(message.index, _REASON_NAMES[message.finish_reason], message.text, stop, tuple(message.ids), score)
 
 
 def _decode_end(message: pb.End) -> End:

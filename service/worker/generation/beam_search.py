@@ -6,13 +6,14 @@ be given a copy of what is there. The rules are those of model.search, which the
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.domain import Event, GenerateRequest, TokenLogprob
+from service.domain import Event, Finish, GenerateRequest, TokenLogprob
 from service.errors import EngineFailed, InvalidRequest, TooLarge
 from service.worker.generation.likeliest import Likely
 from service.worker.generation.output import Output
@@ -197,4 +198,9 @@ class BeamOutput:
         if not self._search.is_finished:
             return []
         told = zip(self._outputs, self._search.best[: len(self._outputs)], strict=True)
-        return [event for output, beam in told for one in beam.written for event in output.say(*one)]
+        return [event for output, beam in told for event in self._told(output, beam)]
+
+    def _told(self, output: Output, beam: Beam) -> list[Event]:
+        events = [event for one in beam.written for event in output.say(*one)]
+        score = self._search.score(beam)
+        return [replace(event, score=score) if isinstance(event, Finish) else event for event in events]

@@ -82,6 +82,7 @@ class RejoinedOutput:
         self._said = text.spaces[0]  # by what was no token, and told with the next
         self._reason: FinishReason = "stop"
         self._ids: tuple[int, ...] = ()  # that no token told of
+        self._score: float | None = None
         self.is_finished = False
 
     def take(self, sentence: int, event: Token | Finish) -> Iterator[Event]:
@@ -104,6 +105,8 @@ class RejoinedOutput:
         shown, stop = self._feed(event.text + (following if isinstance(following, str) else ""))
         self._said += shown
         self._ids += event.ids
+        if event.score is not None:
+            self._score = event.score + (self._score or 0.0)
         self._sentence, self._num_tokens = self._sentence + 1, 0
         if event.finish_reason == "length":
             self._reason = "length"
@@ -121,4 +124,4 @@ class RejoinedOutput:
 
     def _finish(self, reason: FinishReason, stop: str | int | None) -> Finish:
         self.is_finished = True
-        return Finish(self._index, reason, self._said + self._stops.flush(), stop, self._ids)
+        return Finish(self._index, reason, self._said + self._stops.flush(), stop, self._ids, self._score)
