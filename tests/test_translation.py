@@ -164,6 +164,14 @@ async def test_once_all_outputs_are_stopped_nothing_more_is_waited_for() -> None
     assert call.progress.finished is not None
 
 
+async def test_the_end_tokens_of_sentences_before_a_stop_are_in_the_usage() -> None:
+    told = [Token(0, 1, "a"), Finish(0, "stop"), Finish(2, "stop", "c", ids=(4, 5)), Token(1, 2, "b")]
+    script = Script([*told, Finish(1, "stop", "", "x"), Token(3, 3, "d")])
+    *_, end = await said(script, prompt="One. Two. Three. Four.", stop="x")
+    assert isinstance(end, End)
+    assert end.usage == GenerateUsage(START.prompt_tokens, 2 + 3 + 1, 0)
+
+
 async def test_an_output_that_is_stopped_does_not_end_another() -> None:
     script = Script([Finish(0, "stop", "", "x"), Finish(2, "stop", "d"), Finish(3, "stop", "e"), Finish(1, "stop")])
     events = await said(script, prompt=["One. Two.", "Three. Four."], stop="x")
