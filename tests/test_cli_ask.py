@@ -125,10 +125,17 @@ async def test_translations_come_in_order_and_lines_without_a_letter_stay(backen
     backend.served = [CHAT, TRANSLATOR]
     lines = ["one two", "", "* * *", *(f"line {at}" for at in range(CHUNK))]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    await ask(backend, "translate", "--seed=3")
+    await ask(backend, "translate", "--num-beams=2")
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == lines
-    assert {(one.model, one.seed, one.max_tokens) for one in backend.generations} == {("translator", 3, None)}
+    assert {(one.model, one.num_beams, one.max_tokens) for one in backend.generations} == {("translator", 2, None)}
     assert len(backend.generations) == len(lines) - 2
+
+
+def test_a_seed_is_for_what_samples(capsys):
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["translate", "--seed=3"])
+    assert "--seed" in capsys.readouterr().err
+    assert _parser().parse_args(["generate", "--seed=3"]).seed == 3
 
 
 async def test_a_chat_is_asked_for_with_messages(backend):

@@ -24,9 +24,9 @@ _MAX_TOKENS = "tokens to write, at the most; default "
 _DECODING = {
     "--num-beams": (int, "beams of a beam search (1: none)"),
     "--length-penalty": (float, "what a beam search divides a score by: the length to this power"),
-    "--seed": (int, "the same seed gives the same text; default: another each time"),
 }
 _SAMPLING = {
+    "--seed": (int, "the same seed gives the same text; default: another each time"),
     "--temperature": (float, "0 always takes the likeliest token; default: the model's own (0 of those shipped)"),
     "--top-k": (int, "sample from so many of the likeliest tokens (0: all)"),
     "--top-p": (float, "sample from the likeliest tokens that have this probability together"),
