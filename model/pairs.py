@@ -133,9 +133,14 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def split_by_source(pairs: Iterable[Pair], num_sources: int, *, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(training, held out): every translation of a held-out source, compared without case and spaces, is held out."""
+    """(training, held out): every translation of a held-out source, compared without case and spaces, is held out.
+
+    ValueError if there are fewer than `num_sources`.
+    """
     pairs = list(pairs)
     sources = sorted({folded(pair.source) for pair in pairs})
+    if len(sources) < num_sources:
+        raise ValueError(f"{len(sources)} different sources are too few to hold out {num_sources}")
     held = set(random.Random(seed).sample(sources, num_sources))
     return (
         [pair for pair in pairs if folded(pair.source) not in held],

@@ -106,3 +106,5 @@ def test_no_translation_of_a_held_out_source_is_trained_on() -> None:
     assert sorted(training + held) == sorted(pairs)
     assert len(held) == 10  # two translations of each of five
     assert not {pair.source[:-1] for pair in training} & {pair.source[:-1] for pair in held}
+    with pytest.raises(ValueError, match="20 different sources are too few to hold out 21"):
+        split_by_source(pairs, 21, seed=1)

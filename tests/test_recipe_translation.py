@@ -1,6 +1,7 @@
 """The translation recipe from its first stage to its last, on a tiny stand-in corpus."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,45 @@ def test_a_stage_goes_on_from_the_one_before(
     assert (plain.dropout, descent.dropout) == (0.3, 0.2)
     furthest = max((new - old).abs().max() for new, old in zip(after.parameters(), before.parameters(), strict=True))
     assert furthest < 0.02  # two updates; from another seed it would be a whole embedding
+
+
+def run_stages(arguments: list[str], *stages: str) -> None:
+    for stage in stages:
+        sys.argv[:] = [*arguments, "--plan", "captions", "--stage", stage]
+        translation.main()
+
+
+def test_other_data_are_refused(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    run_stages(arguments, "captions-subwords", "captions-plain")
+    path = tmp_path / "data" / "multi30k" / "train.lc.norm.tok.en"
+    path.write_text(path.read_text().replace("dog", "cat"))
+    for stage in ("captions-subwords", "captions-plain", "captions-descent-1"):
+        with pytest.raises(ValueError, match=r"captions-(subwords|plain) is not of these data; give another --out"):
+            run_stages(arguments, stage)
+    shutil.rmtree(tmp_path / "run" / "captions-subwords")
+    run_stages(arguments, "captions-subwords")
+    for stage in ("captions-plain", "captions-descent-1"):
+        with pytest.raises(ValueError, match="captions-plain is not of these data"):
+            run_stages(arguments, stage)
+
+
+def test_a_stage_whose_turn_has_not_come_names_the_one_before(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(ValueError, match=r"made_of\.json is missing; run --stage captions-subwords first"):
+        run_stages(arguments, "captions-plain")
+    with pytest.raises(ValueError, match=r"train\.json is missing; run --stage captions-plain first"):
+        run_stages(arguments, "captions-subwords", "captions-descent-1")
+    with pytest.raises(ValueError, match=r"train\.json is missing; run --stage captions-descent-4 first"):
+        run_stages(arguments, "captions")
+
+
+def test_too_few_sentences_to_hold_out_are_named(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(translation_corpora, "NUM_HELD", 13)
+    with pytest.raises(ValueError, match=r"train\.tsv: 25 different sources are too few to hold out 26"):
+        translation_corpora.everyday_corpus(Path(arguments[2]))
 
 
 def test_nothing_that_is_held_out_is_trained_on(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

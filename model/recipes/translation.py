@@ -4,7 +4,7 @@
 
 `captions` is transformer_tiny (Wu et al. 2021) on Multi30k alone, lower-cased, in tokens. `everyday` is larger, takes
 raw text and gives raw text, and learns from Tatoeba too. Each stage has its own folder under --out; a stage that is
-done is skipped, one that was interrupted resumes:
+done is skipped, one that was interrupted resumes, and data other than those they were made of are refused:
   NAME-subwords  the joint vocabulary, and random segmentations of the training pairs
   NAME-plain     cross-entropy
   NAME-descent-N captions only: trained on with less dropout, the rate falling to 0, and so again
@@ -31,7 +31,7 @@ from model.config import ModelConfig
 from model.curve import Metrics
 from model.evaluate import Score, bleu, chrf, moses_tokens
 from model.objective import initialise, translation_loss
-from model.pairs import Pair, Variants
+from model.pairs import Variants
 from model.recipes.translation_corpora import Corpus, captions_corpus, everyday_corpus
 from model.search import beam
 from model.subwords import PAD_ID, START_ID, encode_pairs, load_encoded, load_subwords, save_encoded, train_subwords
@@ -40,6 +40,7 @@ from model.transformer import EncoderDecoder
 from model.translate import translate
 
 BPE_DROPOUT = 0.1
+MADE_OF = "made_of.json"
 SMOOTHING = 0.1
 BEAMS = 5
 LENGTH_PENALTY = 1.0  # what the paper's figure was made with, fairseq's default, and the service's
@@ -136,10 +137,16 @@ EVERYDAY = Plan(
 PLANS = (CAPTIONS, EVERYDAY)
 
 
-def make_subwords(folder: Path, pairs: list[Pair], plan: Plan) -> None:
-    """Writes tokenizer.json and the segmentations that the epochs take in turn; a file that is there is kept."""
+def make_subwords(folder: Path, corpus: Corpus, plan: Plan) -> None:
+    """Writes tokenizer.json and the segmentations that the epochs take in turn; a file that is there is kept.
+
+    ValueError if they are of other pairs, or made in another way.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "tokenizer.json"
+    if not any(folder.iterdir()):
+        (folder / MADE_OF).write_text(json.dumps(made_of(corpus, plan), indent=2))
+    check_stage(folder / MADE_OF, made_of(corpus, plan))
+    pairs, path = corpus.training, folder / "tokenizer.json"
     if not path.exists():
         train_subwords((text for pair in pairs for text in pair), plan.model.vocab_size).save(str(path))
     tokenizer = load_subwords(path)
@@ -147,6 +154,21 @@ def make_subwords(folder: Path, pairs: list[Pair], plan: Plan) -> None:
         variant = folder / f"{number:02d}.safetensors"
         if not variant.exists():
             save_encoded(encode_pairs(tokenizer, pairs, dropout=BPE_DROPOUT), variant)
+
+
+def made_of(corpus: Corpus, plan: Plan) -> dict[str, Any]:
+    """All that the segmentations depend on."""
+    sizes = {"vocab_size": plan.model.vocab_size, "num_variants": plan.num_variants}
+    return {"pairs": corpus.digest, "bpe_dropout": BPE_DROPOUT, **sizes}
+
+
+def check_stage(path: Path, facts: dict[str, Any]) -> None:
+    """ValueError if the file in which a stage says what it is of is not there, or says other than `facts`."""
+    folder = path.parent
+    if not path.exists():
+        raise ValueError(f"{path} is missing; run --stage {folder.name} first, or remove what is there of it")
+    if not facts.items() <= json.loads(path.read_text()).items():
+        raise ValueError(f"{folder} is not of these data; give another --out, or remove it and the stages after it")
 
 
 def read_variants(folder: Path) -> Variants:
@@ -170,11 +192,13 @@ def scores(model: EncoderDecoder, tokenizer: Tokenizer, corpus: Corpus, **how: A
 def train_stage(plan: Plan, number: int, out: Path, corpus: Corpus) -> None:
     subwords, *earlier = (out / name for name in plan.folders()[: number + 1])
     stage, tokenizer = plan.stages[number], subwords / "tokenizer.json"
+    check_stage(subwords / MADE_OF, made_of(corpus, plan))
     torch.manual_seed(stage.train.seed)
     config = replace(plan.model, dropout=stage.dropout)
     model = EncoderDecoder(config)
     initialise(model)
     if earlier:
+        check_stage(earlier[-1] / "train.json", {"pairs": corpus.digest})
         load_model(model, earlier[-1] / "model.safetensors")
     loss = partial(translation_loss, pad_id=PAD_ID, smoothing=SMOOTHING)
     folder = out / plan.folders()[number + 1]
@@ -188,13 +212,15 @@ def train_stage(plan: Plan, number: int, out: Path, corpus: Corpus) -> None:
 def save(
     folder: Path, config: ModelConfig, corpus: Corpus, model: EncoderDecoder, facts: dict[str, Any], tokenizer: Path
 ) -> None:
-    told = {"recipe": "model.recipes.translation", "data": corpus.data, "smoothing": SMOOTHING, **facts}
-    save_checkpoint(folder, config, model, tokenizer=tokenizer, provenance=told | {"bpe_dropout": BPE_DROPOUT})
+    told = {"recipe": "model.recipes.translation", "data": corpus.data, "pairs": corpus.digest, "smoothing": SMOOTHING}
+    told |= {**facts, "bpe_dropout": BPE_DROPOUT}
+    save_checkpoint(folder, config, model, tokenizer=tokenizer, provenance=told)
 
 
 def conclude(plan: Plan, out: Path, corpus: Corpus) -> None:
     """Scores the validation sets and the test sets with beam search, and prints the figures."""
     *_, last, result = (out / name for name in plan.folders())
+    check_stage(last / "train.json", {"pairs": corpus.digest})
     config, model = load_checkpoint(last, EncoderDecoder)
     tokenizer = load_subwords(last / "tokenizer.json")
     search = partial(beam, num_beams=BEAMS, length_penalty=LENGTH_PENALTY)
@@ -232,11 +258,14 @@ def parse() -> argparse.Namespace:
 def run_plan(plan: Plan, out: Path, corpus: Corpus, stage: str | None) -> None:
     first, *trained, last = plan.folders()
     if stage in (None, first):
-        make_subwords(out / first, corpus.training, plan)
+        make_subwords(out / first, corpus, plan)
     works = [(name, partial(train_stage, plan, number)) for number, name in enumerate(trained)]
     for name, work in [*works, (last, partial(conclude, plan))]:
-        if stage in (None, name) and not (out / name / "train.json").exists():
-            work(out, corpus)
+        if stage in (None, name):
+            told = out / name / "train.json"
+            if not told.exists():
+                work(out, corpus)
+            check_stage(told, {"pairs": corpus.digest})
 
 
 def main() -> None:

@@ -1,6 +1,9 @@
 """What the translation models learn from and are scored on: Multi30k and Tatoeba, and what is held out of them."""
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from model.pairs import Pair, folded, read_pairs, read_parallel, split_by_source
@@ -21,6 +24,11 @@ class Corpus:
     tokenize: str
     data: tuple[str, ...]
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the pairs for training."""
+        return hashlib.sha256(json.dumps(self.training).encode()).hexdigest()
+
 
 def read_captions(folder: Path, form: str) -> dict[str, list[Pair]]:
     """Multi30k (Elliott et al. 2016), task 1; `form` is "" for raw text, ".lc.norm.tok" for what papers score."""
@@ -37,7 +45,12 @@ def captions_corpus(folder: Path) -> Corpus:
 def everyday_corpus(folder: Path) -> Corpus:
     """Captions four times, for they are so few, and Tatoeba without any source that is held out anywhere."""
     captions = read_captions(folder / "multi30k", "")
-    rest, held = split_by_source(read_pairs(folder / "tatoeba" / "train.tsv"), 2 * NUM_HELD, seed=1)
+    tatoeba = folder / "tatoeba" / "train.tsv"
+    pairs = read_pairs(tatoeba)
+    try:
+        rest, held = split_by_source(pairs, 2 * NUM_HELD, seed=1)
+    except ValueError as error:
+        raise ValueError(f"{tatoeba}: {error}") from None
     first = list({folded(pair.source): pair for pair in reversed(held)}.values())  # one translation of each
     validation = {"captions": captions["val"], "everyday": first[:NUM_HELD]}
     test = {"test_2016_flickr": captions["test_2016_flickr"], "everyday_test": first[NUM_HELD:]}
