@@ -109,13 +109,16 @@ class Run:
             passed += len(batches)
 
     def update(self, batch: Any) -> float:
-        """One step of the optimizer; returns the loss."""
+        """One step of the optimizer; returns the loss. FloatingPointError if the step would spoil the weights."""
         self.set_rate()
         precision = getattr(torch, self.config.precision)
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             loss = self.loss(self.model, batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        if not (loss.isfinite() and norm.isfinite()):
+            told = f"update {self.step + 1} has a loss of {loss.item()} and a gradient of norm {norm.item()}"
+            raise FloatingPointError(f"{self.directory}: {told}; the state saved last is kept")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

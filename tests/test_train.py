@@ -1,6 +1,7 @@
 """The training loop on tiny models: bit-exact resuming, schedule, clipping, grouping, weight decay, overfitting."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.curve import MetricsFile, read_metrics
-from model.data import Examples, length_grouped, one_hot
+from model.data import Batch, Examples, length_grouped, one_hot
 from model.evaluate import accuracy, predict
 from model.objective import translation_loss
 from model.optimizer import learning_rate_scale, parameter_groups
 from model.pairs import EncodedPairs, Ragged, Variants
-from model.train import Run, TrainConfig, load_checkpoint, save_checkpoint, train
+from model.train import Loss, Run, TrainConfig, classification_loss, load_checkpoint, save_checkpoint, train
 from model.transformer import Classifier, EncoderDecoder
 from tests.tiny_translation import CONFIG as TRANSLATOR
 from tests.tiny_translation import tiny_translator
@@ -64,9 +65,9 @@ def toy_examples(count: int = 30) -> Examples:
     return Examples(ids, one_hot(labels))
 
 
-def make_run(directory: Path, config: TrainConfig = SCHEDULE) -> Run:
+def make_run(directory: Path, config: TrainConfig = SCHEDULE, loss: Loss = classification_loss) -> Run:
     torch.manual_seed(1)
-    return Run(directory, Classifier(CONFIG), config, examples=toy_examples(), pad_id=0)
+    return Run(directory, Classifier(CONFIG), config, examples=toy_examples(), pad_id=0, loss=loss)
 
 
 def no_scores() -> dict[str, float]:
@@ -145,6 +146,29 @@ def test_gradients_are_clipped_before_the_update(tmp_path: Path) -> None:
         run.update(batch)
     assert len(norms) == 16
     assert max(norms) <= clip * 1.001
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda loss: loss * float("nan"), lambda loss: loss + float("inf"), lambda loss: (loss * 0).sqrt()],
+    ids=["loss not a number", "loss infinite", "gradient not a number"],
+)
+def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_it_spoils_anything(
+    tmp_path: Path, spoil: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        value = classification_loss(model, batch)
+        return spoil(value) if run.step == 8 else value
+
+    run = make_run(tmp_path, loss=loss)
+    with pytest.raises(FloatingPointError, match=r"update 9 has a loss of (nan|inf|0\.0) and a gradient of norm"):
+        train(run, no_scores)
+    assert all(parameter.isfinite().all() for parameter in [*run.parameters, *run.averaged])
+    whole, resumed = make_run(tmp_path / "whole"), make_run(tmp_path)
+    for one in (whole, resumed):
+        train(one, no_scores)
+    assert_same_weights(resumed.model, whole.model)
+    assert resumed.step == 16
 
 
 def test_norms_and_biases_do_not_decay_and_lower_blocks_learn_slower() -> None:
