@@ -44,6 +44,7 @@ from service.rpc.client import RemoteBackend
 from service.rpc.server import RpcServer
 
 REQUEST = ClassifyRequest(input=(TextInput("a fine film"),))
+FORTY = ClassifyRequest(input=REQUEST.input * 40)
 GENERATE = GenerateRequest(prompt="one two three", model="chat")
 ENDLESS = GenerateRequest(prompt="word " * 1_500, max_tokens=None, logprobs=20)  # longer than what buffers hold
 ERRORS = [
@@ -432,12 +433,41 @@ async def test_a_worker_that_dies_costs_no_request(workers: Workers) -> None:
     assert (await remote.classify(REQUEST, call())).model == "sentiment"
 
 
-async def test_an_overload_is_not_tried_elsewhere(workers: Workers) -> None:
-    backends = [FakeBackend(error=Overloaded("full")), FakeBackend(error=Overloaded("full"))]
+async def test_where_one_worker_is_full_another_is_asked(workers: Workers) -> None:
+    full, other = talker(error=Overloaded("full", retry_after_s=2.0)), talker()
+    remote = workers.remote(*[await workers.start(each) for each in (full, other)])
+    for _ in range(4):
+        assert (await remote.classify(REQUEST, call())).model == "sentiment"
+    for _ in range(4):
+        assert await texts_of(remote) == ["one ", "two ", "three "]
+    assert (len(full.requests), len(full.generations)) == (2, 2)
+
+
+async def test_where_all_workers_are_full_the_first_to_have_room_says_when(workers: Workers) -> None:
+    backends = [talker(error=Overloaded("full", retry_after_s=seconds)) for seconds in (2.0, 0.5, 3.0)]
     remote = workers.remote(*[await workers.start(each) for each in backends])
-    with pytest.raises(Overloaded):
-        await remote.classify(REQUEST, call())
-    assert sum(len(each.requests) for each in backends) == 1
+    for ask in (remote.classify(REQUEST, call()), texts_of(remote)):
+        with pytest.raises(Overloaded) as caught:
+            await ask
+        assert caught.value.retry_after_s == 0.5
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+async def test_a_request_weighs_as_much_as_it_has_inputs_or_outputs(workers: Workers, is_text: bool) -> None:
+    """Six requests of one text each are less than one of forty, or for forty outputs."""
+    backends = [talker(), talker()]
+    remote = workers.remote(*[await workers.start(each) for each in backends])
+    await remote.models()
+    for each in backends:
+        each.hold()
+    large = texts_of(remote, replace(GENERATE, n=40)) if is_text else remote.classify(FORTY, call())
+    small = [remote.classify(REQUEST, call()) for _ in range(6)]
+    asked = [asyncio.ensure_future(one) for one in (large, *small)]
+    await until(lambda: sum(each.num_waiting for each in backends) == 7)
+    assert sorted(each.num_waiting for each in backends) == [1, 6]
+    for each in backends:
+        each.release()
+    await asyncio.gather(*asked)
 
 
 async def test_after_aclose_nothing_is_asked(workers: Workers, backend: FakeBackend) -> None:

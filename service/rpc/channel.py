@@ -46,7 +46,7 @@ _log = logging.getLogger("attnd.rpc")
 class WorkerChannel:
     """One worker's channel, how busy it is, whether it is down, and the models it last said it serves.
 
-    `models` are None until it has told them.
+    `num_open` counts the inputs and outputs of open requests. `models` are None until it has told them.
     """
 
     def __init__(self, address: str, api_key: str) -> None:
@@ -72,18 +72,18 @@ class WorkerChannel:
     def serves(self, model_id: str) -> bool:
         return any(model.id == model_id for model in self.models or ())
 
-    async def classify(self, message: bytes, call: Call) -> Classification:
-        return classify.parse_classification(await self._reply(self._classify, message, call))
+    async def classify(self, message: bytes, call: Call, num_inputs: int) -> Classification:
+        return classify.parse_classification(await self._reply(self._classify, message, call, num_inputs))
 
     async def explain(self, message: bytes, call: Call) -> Explanation:
-        return attend.parse_explanation(await self._reply(self._explain, message, call))
+        return attend.parse_explanation(await self._reply(self._explain, message, call, 1))
 
     async def attention(self, message: bytes, call: Call) -> AttentionMaps:
-        async with aclosing(self._replies(self._attention, message, call)) as replies:
+        async with aclosing(self._replies(self._attention, message, call, 1)) as replies:
             return attend.parse_maps([reply async for reply in replies])
 
-    async def generate(self, message: bytes, call: Call) -> AsyncGenerator[Event, None]:
-        async with aclosing(self._replies(self._generate, message, call)) as replies:
+    async def generate(self, message: bytes, call: Call, num_outputs: int) -> AsyncGenerator[Event, None]:
+        async with aclosing(self._replies(self._generate, message, call, num_outputs)) as replies:
             async for reply in replies:
                 for event in generate.parse_events(reply):
                     yield event
@@ -113,14 +113,14 @@ class WorkerChannel:
             self._look.cancel()
         await self._channel.close()
 
-    async def _reply(self, method: Any, message: bytes, call: Call) -> bytes:
-        with self._open(call):
+    async def _reply(self, method: Any, message: bytes, call: Call, weight: int) -> bytes:
+        with self._open(call, weight):
             reply: bytes = await method(message, timeout=time_left(call), metadata=self._metadata(call))
             self._answers()
             return reply
 
-    async def _replies(self, method: Any, message: bytes, call: Call) -> AsyncGenerator[bytes, None]:
-        with self._open(call):
+    async def _replies(self, method: Any, message: bytes, call: Call, weight: int) -> AsyncGenerator[bytes, None]:
+        with self._open(call, weight):
             stream = method(message, timeout=time_left(call), metadata=self._metadata(call))
             try:
                 # One message at a time: gRPC's flow control slows down a worker whose messages nobody takes.
@@ -131,15 +131,15 @@ class WorkerChannel:
                 stream.cancel()
 
     @contextmanager
-    def _open(self, call: Call) -> Iterator[None]:
+    def _open(self, call: Call, weight: int) -> Iterator[None]:
         """Around a call: it counts as open, and what gRPC raises becomes an error of ours."""
-        self.num_open += 1
+        self.num_open += weight
         try:
             yield
         except (grpc.aio.AioRpcError, grpc.aio.UsageError) as failure:
             raise self._error_of(failure, call.progress.begun) from None
         finally:
-            self.num_open -= 1
+            self.num_open -= weight
 
     def _metadata(self, call: Call) -> tuple[tuple[str, str], ...]:
         return ((REQUEST_ID, call.request_id), *self._authorization)

@@ -1,7 +1,8 @@
 """RemoteBackend: a Backend whose answers come from workers over gRPC.
 
 Each worker has a channel of its own, so that a request can be sent where its model is, to the worker with the fewest
-open requests, and again to another when a worker cannot be reached: a classification may run twice without harm.
+inputs and outputs open, and again to another when a worker is full or cannot be reached: a classification may run twice
+without harm.
 """
 
 import asyncio
@@ -26,9 +27,10 @@ from service.domain import (
     choose_model,
     generation_tasks,
 )
-from service.errors import AttndError, ConfigError, DeadlineExceeded, NotFound, Unavailable, Unsupported
+from service.errors import AttndError, ConfigError, DeadlineExceeded, NotFound, Overloaded, Unavailable, Unsupported
 from service.rpc.channel import WorkerChannel, time_left
 from service.rpc.codec import attend, classify, generate
+from service.rpc.errors import retry_after_s
 
 PATIENCE_S = 0.25  # less than any probe waits
 
@@ -36,8 +38,8 @@ Answer = TypeVar("Answer")
 
 _CLASSIFIES = ("classification",)
 
-# Failures after which another worker is asked. The model may be on the one that cannot be reached, so that says more.
-_SAYS_MOST: list[type[AttndError]] = [Unavailable, Unsupported, NotFound]
+# Failures after which another worker is asked, the one that says most first: who is full will have room.
+_ELSEWHERE = (Overloaded, Unavailable, Unsupported, NotFound)
 
 
 class RemoteBackend:
@@ -52,7 +54,7 @@ class RemoteBackend:
     async def classify(self, request: ClassifyRequest, call: Call) -> Classification:
         message = classify.request_bytes(request)
         workers = await self._workers_for(_CLASSIFIES, request.model, call)
-        return await _first_answer(workers, lambda worker: worker.classify(message, call))
+        return await _first_answer(workers, lambda worker: worker.classify(message, call, len(request.input)))
 
     async def attention(self, request: AttentionRequest, call: Call) -> AttentionMaps:
         message = attend.request_bytes(request)
@@ -71,12 +73,12 @@ class RemoteBackend:
         for worker in await self._workers_for(generation_tasks(request), request.model, call):
             has_begun = False
             try:
-                async with aclosing(worker.generate(message, call)) as events:
+                async with aclosing(worker.generate(message, call, request.num_outputs)) as events:
                     async for event in events:
                         has_begun = True
                         yield event
                     return
-            except (Unavailable, Unsupported, NotFound) as error:
+            except _ELSEWHERE as error:
                 if has_begun:
                     raise
                 failures.append(error)
@@ -137,10 +139,11 @@ async def _first_answer(workers: Sequence[WorkerChannel], ask: Callable[[WorkerC
     for worker in workers:
         try:
             return await ask(worker)
-        except (Unavailable, Unsupported, NotFound) as error:
+        except _ELSEWHERE as error:
             failures.append(error)
     raise _saying_most(failures)
 
 
 def _saying_most(failures: Sequence[AttndError]) -> AttndError:
-    return min(failures, key=lambda error: _SAYS_MOST.index(type(error)))
+    """Of several alike the one after which a retry makes sense soonest."""
+    return min(failures, key=lambda error: (_ELSEWHERE.index(type(error)), retry_after_s(error)))
