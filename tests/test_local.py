@@ -152,6 +152,20 @@ async def test_pairs_are_encoded_as_pairs(backend: LocalBackend) -> None:
     assert (await backend.classify(pair, call())).usage.prompt_tokens == 6
 
 
+@pytest.mark.parametrize("text", ["good", "good " * 50, "good " * 1000], ids=len)
+async def test_an_empty_second_text_is_none(backend: LocalBackend, text: str) -> None:
+    single, pair = ((TextInput(text, second),) for second in (None, ""))
+    expected, found = [await backend.classify(ClassifyRequest(input=one), call()) for one in (single, pair)]
+    assert (found.results, found.usage) == (expected.results, expected.usage)
+    said = []
+    for one in (single, pair):
+        try:
+            await backend.classify(ClassifyRequest(input=one, truncate=False), call())
+        except TooLarge as error:
+            said.append(error.message)
+    assert said == said[:1] * (2 if expected.usage.truncated else 0)
+
+
 async def test_what_waits_runs_in_one_batch(make: Make, engine: FakeEngine) -> None:
     backend = await started(make())
     engine.gate.clear()

@@ -103,9 +103,10 @@ async def test_every_text_and_option_scores_as_the_pipeline_does(sides: tuple[Se
 
 async def test_a_pair_scores_as_the_pipeline_does(sides: tuple[Served, Any]) -> None:
     served, classify = sides
-    pair: Pair = {"text": "w3 w4", "text_pair": "w5 w6 w7"}
-    theirs = classify([pair], top_k=None, truncation=True)
-    assert_same(await served([pair]), theirs if isinstance(theirs[0], list) else [theirs])
+    for second in ("", "w5 w6 w7"):
+        pair: Pair = {"text": "w3 w4", "text_pair": second}
+        theirs = classify([pair], top_k=None, truncation=True)
+        assert_same(await served([pair]), theirs if isinstance(theirs[0], list) else [theirs])
     swapped = await served([{"text": pair["text_pair"], "text_pair": pair["text"]}])
     assert swapped != await served([pair])
 

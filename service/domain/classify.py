@@ -20,7 +20,10 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
 class TextInput:
-    """One text to classify, or a pair of them (premise and hypothesis, question and passage)."""
+    """One text to classify, or a pair of them (premise and hypothesis, question and passage).
+
+    An empty second text is as good as none, as it is to transformers' pipeline.
+    """
 
     text: str
     text_pair: str | None = None

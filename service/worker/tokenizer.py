@@ -128,10 +128,10 @@ class Tokenizer:
 
     def _encode(self, item: TextInput) -> Encoded:
         if num_characters(item) < LONG_TEXT:
-            encoding = self._cut.encode(item.text, item.text_pair)
+            encoding = self._cut.encode(item.text, item.text_pair or None)
         else:
             (encoding,) = self._cut.encode_batch([self._beginning(item)])
-        type_ids = None if item.text_pair is None else encoding.type_ids
+        type_ids = encoding.type_ids if item.text_pair else None
         return Encoded(encoding.ids, type_ids, bool(encoding.overflowing), encoding)
 
     def _beginning(self, item: TextInput) -> _Text:
@@ -141,7 +141,7 @@ class Tokenizer:
         that is. It is read to its end, and the other until it has more.
         """
         text, pair, most = item.text, item.text_pair, self.max_tokens
-        if pair is None:
+        if not pair:
             return self._beginnings.of(text, most, self._count)
         if len(text) < len(pair):
             return text, self._beginnings.of(pair, max(most, self._count(text)), self._count)
@@ -154,7 +154,7 @@ class Tokenizer:
 
     def _too_long(self, index: int, item: TextInput) -> TooLarge:
         """Of a huge input no more is read than is needed to know that it is too long."""
-        whole = item.text if item.text_pair is None else (item.text, item.text_pair)
+        whole = (item.text, item.text_pair) if item.text_pair else item.text
         read = whole if num_characters(item) < HUGE_TEXT else self._beginning(item)
         has = f"{self._count(read)}" if read == whole else f"more than {self.max_tokens}"
         param = f"input.{index}"
