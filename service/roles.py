@@ -6,6 +6,7 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -155,13 +156,14 @@ async def _drain(backend: Observed, edges: Sequence[Edge]) -> None:
 
 
 async def _signal() -> None:
-    """Return on the first SIGTERM or SIGINT; a second one ends the process at once."""
+    """Return on the first SIGTERM or SIGINT; a second one ends the process at once, whatever its threads are at."""
     loop, seen = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, seen.set)
     await seen.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
+        signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
 ROLES: dict[str, Callable[[Settings], Coroutine[None, None, None]]] = {

@@ -138,6 +138,26 @@ async def test_a_signal_drains_the_accepted_request_is_answered(backend, number)
         assert await end_of(process) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_ends_the_process_at_once(backend, number):
+    """Not in order, for which a thread in native code may abort it: with the status that a shell gives for a signal."""
+    (port,) = free_ports(1)
+    async with (
+        worker(backend) as address,
+        running("gateway", f"--worker={address}", f"--http-port={port}", ready_port=port) as process,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        backend.hold()
+        accepted = asyncio.create_task(client.post("/v1/classify", json={"input": "held"}))
+        await until(lambda: backend.num_waiting == 1)
+        process.send_signal(number)
+        await until_draining(client)
+        process.send_signal(number)
+        assert await end_of(process) == 128 + number
+        with pytest.raises(httpx.TransportError):
+            await accepted
+
+
 @pytest.mark.parametrize(
     ("flag", "is_logged"),
     [("--log-requests=true", True), ("--log-requests=false", False), ("--log-level=error", False)],
