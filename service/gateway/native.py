@@ -142,10 +142,12 @@ class NativeAnswer:
 
 
 def _token_event(event: Token) -> bytes:
-    """The hot path: put together by hand, in a quarter of the time."""
+    """The hot path: put together by hand, in a quarter of the time. `text` is what can be shown now; a token's own text
+    goes with its log-probability only.
+    """
     text = orjson.dumps(event.text)
     if event.logprob is None:
-        return b'data: {"index":%d,"text":%b,"token":{"id":%d,"text":%b}}\n\n' % (event.index, text, event.id, text)
+        return b'data: {"index":%d,"text":%b,"token":{"id":%d}}\n\n' % (event.index, text, event.id)
     token = orjson.dumps(_logprob(event.logprob))
     return b'data: {"index":%d,"text":%b,"token":%b}\n\n' % (event.index, text, token)
 
