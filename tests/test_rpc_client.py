@@ -433,6 +433,28 @@ async def test_a_worker_that_dies_costs_no_request(workers: Workers) -> None:
     assert (await remote.classify(REQUEST, call())).model == "sentiment"
 
 
+async def test_a_worker_that_dies_behind_a_name_costs_no_request(workers: Workers) -> None:
+    """One channel spreads the requests over all addresses of a name, as here of a list."""
+    backends = [talker(), talker()]
+    remote = workers.remote("ipv4:" + ",".join([await workers.start(each) for each in backends]))
+
+    async def answered_by(each: FakeBackend) -> None:
+        while not each.requests:
+            await remote.classify(REQUEST, call())
+
+    async with asyncio.timeout(30):
+        await asyncio.gather(*map(answered_by, backends))  # it is connected to both
+    for each in backends:
+        each.hold()
+    asked = [asyncio.ensure_future(remote.classify(REQUEST, call())) for _ in range(4)]
+    asked += [asyncio.ensure_future(texts_of(remote)) for _ in range(4)]
+    await until(lambda: sum(each.num_waiting for each in backends) == 8)
+    assert backends[0].num_waiting
+    await workers.stop(0)
+    backends[1].release()
+    await asyncio.gather(*asked)
+
+
 async def test_where_one_worker_is_full_another_is_asked(workers: Workers) -> None:
     full, other = talker(error=Overloaded("full", retry_after_s=2.0)), talker()
     remote = workers.remote(*[await workers.start(each) for each in (full, other)])

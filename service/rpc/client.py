@@ -7,7 +7,7 @@ without harm.
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -70,7 +70,7 @@ class RemoteBackend:
         """Another worker is tried until one has sent an event, never after: it would begin another text."""
         message = generate.request_bytes(request, wants_tokens=call.wants_tokens)
         failures: list[AttndError] = []
-        for worker in await self._workers_for(generation_tasks(request), request.model, call):
+        for worker in _tries(await self._workers_for(generation_tasks(request), request.model, call)):
             has_begun = False
             try:
                 async with aclosing(worker.generate(message, call, request.num_outputs)) as events:
@@ -133,10 +133,16 @@ class RemoteBackend:
             raise
 
 
+def _tries(workers: Sequence[WorkerChannel]) -> Iterator[WorkerChannel]:
+    """Each once, and one that could not be reached again: its name may stand for several addresses."""
+    yield from workers
+    yield from [worker for worker in workers if worker.is_down][:1]
+
+
 async def _first_answer(workers: Sequence[WorkerChannel], ask: Callable[[WorkerChannel], Awaitable[Answer]]) -> Answer:
     """Of the first of `workers` that can be reached and has a fit model; otherwise the failure that says most."""
     failures: list[AttndError] = []
-    for worker in workers:
+    for worker in _tries(workers):
         try:
             return await ask(worker)
         except _ELSEWHERE as error:
