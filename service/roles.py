@@ -9,12 +9,14 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Protocol
 
 from service.address import address_text
 from service.backend import Backend
 from service.config import Settings
+from service.errors import AttndError
 from service.logs import RequestLog
 from service.metrics import Metrics
 from service.observed import Observed
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from service.worker.local import LocalBackend
 
 # What each role imports is imported by that role: a gateway carries no ONNX Runtime, a worker no web framework.
+
+LOOK_S = 1.0  # between two looks of a gateway at its workers
 
 _log = logging.getLogger("attnd")
 
@@ -122,7 +126,22 @@ async def _gateway(settings: Settings) -> None:
 
     metrics = make_metrics(settings)
     backend = _observed(RemoteBackend(settings.worker, settings), metrics, settings)
-    await _run(backend, await _start_http(backend, metrics, settings), None, None)
+    front = await _start_http(backend, metrics, settings)
+    looking = asyncio.create_task(_look(backend))
+    try:
+        await _run(backend, front, None, None)
+    finally:
+        looking.cancel()
+
+
+async def _look(backend: Observed) -> None:
+    """Ask for the models again and again, so that workers that hang or come back and what they serve are known before
+    a request is, to the metrics' labels too.
+    """
+    while True:
+        with suppress(AttndError):
+            await backend.models()
+        await asyncio.sleep(LOOK_S)
 
 
 async def _run(backend: Observed, front: Edge, rpc: Edge | None, load: Callable[[], Awaitable[None]] | None) -> None:

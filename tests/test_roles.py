@@ -4,7 +4,7 @@ import asyncio
 import gc
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from service.config import Settings
 from service.observed import Observed
 from service.rpc.inference import SERVICE
 from service.rpc.pb.attnd.v1 import inference_pb2 as pb
+from service.rpc.server import RpcServer
 from service.worker.session import runtime_facts
 
 CLASSIFY = pb.ClassifyRequest(inputs=[pb.TextInput(text="a fine film")])
@@ -197,6 +198,29 @@ async def test_a_role_listens_on_ipv6(run: Run, role: Any) -> None:
     async with run(role, "::1") as process:
         assert (await process.http.get("/readyz")).status_code == 200
         assert (await process.classify()).model == MODEL.id
+
+
+@pytest.mark.usefixtures("thawed")
+async def test_a_gateway_that_nobody_probes_knows_what_its_workers_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that fail have their model's label, too."""
+    signal, worker = asyncio.Event(), FakeBackend()
+    monkeypatch.setattr(roles, "_signal", signal.wait)
+    http_port, grpc_port = free_ports(2)
+    settings = Settings(http_port=http_port, grpc_port=grpc_port, worker=(f"127.0.0.1:{grpc_port}",))
+    server = RpcServer(Observed(worker, roles.make_metrics(settings)), settings)
+    await server.start()
+    worker.hold()
+    ended = asyncio.ensure_future(roles._gateway(settings))
+    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{http_port}", headers={"x-request-timeout-ms": "50"})
+    async with client, asyncio.timeout(30):
+        scraped = ""
+        while f'model="{MODEL.id}",outcome="deadline"' not in scraped:
+            with suppress(httpx.ConnectError):  # while it starts
+                assert (await client.post("/v1/classify", json={"input": "held"})).status_code == 504
+                scraped = (await client.get("/metrics")).text
+    signal.set()
+    await ended
+    await server.stop()
 
 
 class NoFront:
