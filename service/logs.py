@@ -1,6 +1,7 @@
 """Log lines as JSON objects on stderr, one a line: `time level logger message`, and the request line's own fields."""
 
 import asyncio
+import json
 import logging
 import os
 import select
@@ -13,6 +14,14 @@ import orjson
 STDERR = 2
 
 
+def _encoded(line: dict[str, Any]) -> bytes:
+    """In JSON, whatever is in it."""
+    try:
+        return orjson.dumps(line, default=str)
+    except TypeError:  # half a surrogate pair, a number of over 64 bits: these it leaves to the library
+        return json.dumps(line, default=str).encode()
+
+
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -23,7 +32,7 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        return _encoded(line).decode()
 
 
 def configure_logging(level: str) -> None:
@@ -55,7 +64,7 @@ class RequestLog:
         data = b""
         for now, fields in waiting:
             about = {"time": round(now, 6), "level": "info", "logger": "attnd.requests", "message": "request"}
-            line = orjson.dumps(about | fields, option=orjson.OPT_APPEND_NEWLINE)
+            line = _encoded(about | fields) + b"\n"
             if data and len(data) + len(line) > select.PIPE_BUF:
                 os.write(STDERR, data)
                 data = b""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import select
 import socket
 from collections.abc import Iterator
@@ -72,6 +73,25 @@ async def test_a_line_that_is_longer_by_itself_is_written_alone(stderr: socket.s
         log.write({"text": "x" * size})
     await asyncio.sleep(0)
     assert [len(line["text"]) for line in lines(arrived(stderr))] == [5000, 1, 5000]
+
+
+async def test_a_line_that_is_hard_to_write_costs_no_other(stderr: socket.socket) -> None:
+    log, values = RequestLog(), ["a", "half a pair: \udfff", 2**80, "b"]
+    for value in values:
+        log.write({"value": value})
+    await asyncio.sleep(0)
+    assert [line["value"] for line in lines(arrived(stderr))] == values
+
+
+def test_a_message_that_is_hard_to_write_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    handlers, level = logging.root.handlers, logging.getLogger("attnd").level
+    try:
+        logs.configure_logging("info")
+        logging.getLogger("attnd").info("half a pair: \udfff")
+    finally:
+        logging.root.handlers = handlers
+        logging.getLogger("attnd").setLevel(level)
+    assert json.loads(capsys.readouterr().err)["message"] == "half a pair: \udfff"
 
 
 async def test_a_write_that_fails_loses_its_own_lines_only(

@@ -8,7 +8,7 @@ from test_detokenizer import NAMES, SPECIAL, TEXTS, byte_level, loaded
 from tokenizers import AddedToken, Tokenizer, processors
 
 from service.domain import Message
-from service.errors import BundleError
+from service.errors import BundleError, InvalidRequest
 from service.worker.generation.chat_template import ChatTemplate
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
 
@@ -74,6 +74,15 @@ def test_what_a_turn_says_never_becomes_a_special_token(chat: tuple[Tokenizer, P
 
 def special(tokenizer: Tokenizer) -> set[int]:
     return {token for token, one in tokenizer.get_added_tokens_decoder().items() if one.special}
+
+
+def test_a_refusal_that_repeats_a_turn_can_be_told(chat: tuple[Tokenizer, PromptTokenizer]) -> None:
+    _, ours = chat
+    template = ChatTemplate("{{ raise_exception('not this: ' ~ messages[0].content) }}")
+    for text, told in ((f"a {END} b", f"a {END} b"), (END * 1000, END * 19 + "...")):
+        with pytest.raises(InvalidRequest) as caught:
+            ours.encode_chat(template, user(text))
+        assert caught.value.message == f"the model's chat template refuses this: not this: {told}"
 
 
 def test_around_an_injection_the_ids_stay_what_they_are(chat: tuple[Tokenizer, PromptTokenizer]) -> None:

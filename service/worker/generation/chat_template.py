@@ -21,6 +21,7 @@ from service.errors import BundleError, EngineFailed, InvalidRequest, TooLarge
 MOST_CHARACTERS = 65_536  # that a template may write of its own, and
 MOST_OF_A_TURN = 1_024  # for each turn, besides
 MOST_COPIES = 4  # of what the turns say
+MOST_OF_A_REASON = 200  # characters; a status of gRPC has little room
 WASTEFUL = ("center", "format", "indent", "wordwrap")  # filters that make much of nothing
 
 
@@ -94,11 +95,21 @@ class ChatTemplate:
         try:
             return "".join(limited(pieces, limit))
         except Refused as error:
-            raise InvalidRequest(f"the model's chat template refuses this: {error}", param="messages") from error
+            raise InvalidRequest(f"the model's chat template refuses this: {_told(error)}", param="messages") from error
         except TooLarge:
             raise
         except Exception as error:  # whatever Python raises for a template's mistake
-            raise EngineFailed(f"the model's chat template failed: {type(error).__name__}: {error}") from error
+            name = type(error).__name__
+            raise EngineFailed(f"the model's chat template failed: {name}: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """What a template says of why, which may repeat turns: without halves of surrogate pairs, which nothing can carry.
+
+    What the turns say may be quoted with such halves; see prompt_tokenizer.py.
+    """
+    reason = str(error).encode(errors="ignore").decode()
+    return reason if len(reason) <= MOST_OF_A_REASON else reason[:MOST_OF_A_REASON] + "..."
 
 
 def limited(pieces: Iterator[str], limit: int) -> Iterator[str]:
