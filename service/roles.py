@@ -147,9 +147,9 @@ async def _look(backend: Observed) -> None:
 async def _run(backend: Observed, front: Edge, rpc: Edge | None, load: Callable[[], Awaitable[None]] | None) -> None:
     """Load, serve until a signal, then drain. The `front` is what probes and scrapers ask."""
     stopped = asyncio.ensure_future(_signal())
+    loading = None if load is None else asyncio.ensure_future(load())
     try:
-        if load is not None:
-            loading = asyncio.ensure_future(load())
+        if loading is not None:
             await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 loading.result()
@@ -161,6 +161,8 @@ async def _run(backend: Observed, front: Edge, rpc: Edge | None, load: Callable[
     finally:
         stopped.cancel()
         await _drain(backend, [front] if rpc is None else [rpc, front])
+        if loading is not None and not loading.done():
+            os._exit(0)  # a thread that loads cannot be stopped, and one within ONNX Runtime aborts an orderly end
 
 
 async def _drain(backend: Observed, edges: Sequence[Edge]) -> None:

