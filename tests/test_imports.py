@@ -71,7 +71,7 @@ RULES = [
     ),
     rule("service.worker.beginnings", "service.worker.generation.detokenizer"),
     rule("service.worker.tokenizer", "service.domain service.errors service.worker.beginnings", "tokenizers"),
-    rule("service.worker.long_texts", "service.worker.tokenizer"),
+    rule("service.worker.long_texts", "service.errors service.worker.tokenizer"),
     rule("service.worker.attention.views", "service.domain service.errors"),
     rule("service.worker.attention.maps", "service.domain service.worker.attention.views", "numpy"),
     rule("service.worker.classification.sequence", "service.domain service.errors service.worker.attention.views"),

@@ -14,7 +14,7 @@ from fakes import until
 from test_detokenizer import byte_level
 
 from service.domain import Message, TextInput
-from service.errors import DeadlineExceeded
+from service.errors import DeadlineExceeded, Unavailable
 from service.worker.generation.chat_template import ChatTemplate
 from service.worker.generation.prompt_tokenizer import PromptTokenizer
 from service.worker.long_texts import LongTexts
@@ -110,6 +110,18 @@ async def test_what_fails_meanwhile_ends_the_wait(texts: LongTexts, length: int)
         await waiting
     assert slow.running == 1
     slow.gate.set()
+
+
+async def test_whose_turn_does_not_come_before_the_end_is_told(texts: LongTexts) -> None:
+    slow = Slow()
+    begun, waiting = (asyncio.ensure_future(texts.read(slow, HUGE_TEXT)) for _ in range(2))
+    await until(lambda: slow.running == 1)
+    texts.close()
+    for late in (waiting, texts.read(slow, HUGE_TEXT)):
+        with pytest.raises(Unavailable, match="the server is stopping"):
+            await late
+    slow.gate.set()
+    await begun
 
 
 async def test_who_leaves_gives_up_the_turn(texts: LongTexts) -> None:
