@@ -47,6 +47,11 @@ class Backend(Protocol):
         """The served models; also the readiness probe: raises `Unavailable` while nothing can be served."""
         ...
 
+    @property
+    def failure(self) -> str | None:
+        """The liveness probe: which engine of this process has died, which only a new process mends; else None."""
+        ...
+
     async def aclose(self) -> None:
         """Finish what was accepted, refuse what comes, release everything."""
         ...

@@ -190,6 +190,10 @@ class Observed:
         """As `models` last told; none if it was never asked."""
         return self._models
 
+    @property
+    def failure(self) -> str | None:
+        return self._backend.failure
+
     async def aclose(self) -> None:
         """End what is still open with an error that its caller gets, as long as the edges are there; see roles.py."""
         self._is_closing = True

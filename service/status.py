@@ -67,20 +67,13 @@ class StatusServer:
 
     def _reply(self, path: str) -> _Reply:
         if path == "/healthz":
-            return HTTPStatus.OK, "application/json", b'{"status":"alive"}'
+            return _told("alive", self._backend.failure)
         if path == "/readyz":
-            return self._readiness()
+            return _told("ready", "the server is draining" if self._is_draining else self._hindrance())
         if path == "/metrics":
             body, content_type = self._metrics.render()
             return HTTPStatus.OK, content_type, body
         return HTTPStatus.NOT_FOUND, "text/plain", b"there are /healthz, /readyz and /metrics\n"
-
-    def _readiness(self) -> _Reply:
-        reason = "the server is draining" if self._is_draining else self._hindrance()
-        if reason is None:
-            return HTTPStatus.OK, "application/json", b'{"status":"ready"}'
-        body = json.dumps({"status": "unavailable", "reason": reason}).encode()
-        return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", body
 
     def _hindrance(self) -> str | None:
         """Why the backend cannot serve, asked on its own loop; None if it can."""
@@ -121,3 +114,10 @@ class StatusServer:
                 """Probes come every few seconds; they are not worth a line."""
 
         return Handler
+
+
+def _told(status: str, hindrance: str | None) -> _Reply:
+    if hindrance is None:
+        return HTTPStatus.OK, "application/json", json.dumps({"status": status}).encode()
+    body = json.dumps({"status": "unavailable", "reason": hindrance}).encode()
+    return HTTPStatus.SERVICE_UNAVAILABLE, "application/json", body

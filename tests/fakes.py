@@ -122,6 +122,7 @@ class FakeBackend:
         self.error_after: int | None = None
         self.generations: list[GenerateRequest] = []
         self.unready: AttndError | None = None
+        self.failure: str | None = None
         self.max_inputs = max_inputs
         self.max_waiting = max_waiting
         self.served = [MODEL]

@@ -186,6 +186,9 @@ async def test_health_and_readiness(served: wire.Served) -> None:
     reply = await ask(served.port, "GET", "/readyz")
     assert (reply.status, reply.json["error"]["message"]) == (503, "loading")
     assert (await ask(served.port, "GET", "/health")).status == 503
+    served.backend.failure = "the engine of sentiment has failed"
+    reply = await ask(served.port, "GET", "/healthz")
+    assert (reply.status, reply.json["error"]["message"]) == (503, served.backend.failure)
 
 
 async def test_head_has_no_body(served: wire.Served) -> None:

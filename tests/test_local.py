@@ -354,6 +354,7 @@ async def test_a_dead_engine_thread_fails_its_own_model_and_turns_readiness_red(
     classifier, other = make(), make()
     other.info = replace(other.info, id="other")
     backend = await started(classifier, other)
+    assert backend.failure is None
 
     def broken(_: object) -> None:
         raise MemoryError
@@ -363,6 +364,7 @@ async def test_a_dead_engine_thread_fails_its_own_model_and_turns_readiness_red(
         await backend.classify(request("good"), call())
     with pytest.raises(Unavailable, match="the engine of tiny has failed"):
         await backend.models()
+    assert backend.failure == "the engine of tiny has failed"
     for dead in (request("good"), request("good", model="tiny")):
         with pytest.raises(Unavailable, match="the engine of tiny has failed"):
             await backend.classify(dead, call())

@@ -55,6 +55,13 @@ async def test_while_the_backend_cannot_serve_it_is_alive_and_not_ready(start: S
     assert (await get("/healthz")).status_code == 200
 
 
+async def test_with_a_dead_engine_it_is_not_alive(start: Start, backend: FakeBackend) -> None:
+    _, get = await start()
+    backend.failure = "the engine of tiny has failed"
+    reply = await get("/healthz")
+    assert (reply.status_code, reply.json()) == (503, {"status": "unavailable", "reason": backend.failure})
+
+
 async def test_while_it_drains_it_is_alive_and_not_ready(start: Start) -> None:
     server, get = await start()
     await server.drain()

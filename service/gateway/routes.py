@@ -14,6 +14,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from service.domain import Classification, ClassifyRequest, ExplainRequest, Explanation, Score
+from service.errors import Unavailable
 from service.gateway import native
 from service.gateway.attend import Attention, AttentionBody, AttentionEndpoint, ExplainEndpoint
 from service.gateway.door import Door
@@ -94,8 +95,10 @@ def _add_endpoint(app: FastAPI, path: str, endpoint: Endpoint, signature: Signat
 def add_status_routes(app: FastAPI, backend: Observed, door: Door, metrics: Metrics) -> None:
     """Health for probes and metrics for Prometheus; no key is asked for."""
 
-    @app.get("/healthz", tags=["status"], summary="Is the process alive?")
+    @app.get("/healthz", tags=["status"], summary="Is the process alive, with all its engines?", responses=_errors(503))
     async def healthz() -> dict[str, str]:
+        if backend.failure is not None:
+            raise Unavailable(backend.failure, code="engine_dead")
         return {"status": "alive"}
 
     @app.get("/readyz", tags=["status"], summary="Can it serve?", responses=_errors(503))

@@ -105,6 +105,11 @@ class RemoteBackend:
         found = {model.id: model for worker in self._workers for model in worker.models or ()}
         return [found[key] for key in sorted(found)]
 
+    @property
+    def failure(self) -> str | None:
+        """See Backend. Workers that die are others' to start again."""
+        return None
+
     async def aclose(self) -> None:
         await asyncio.gather(*(worker.aclose() for worker in self._workers))
 

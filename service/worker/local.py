@@ -77,11 +77,10 @@ class LocalBackend:
         return generator.generate(request, call)
 
     async def models(self) -> list[ModelInfo]:
-        """See Backend. Raises Unavailable once an engine has failed, too; the other models still serve."""
+        """See Backend. Raises Unavailable once an engine has failed, too."""
         models = self._open()
-        dead = [name for name, one in self._served.items() if not one.is_alive]
-        if dead:
-            raise Unavailable(f"the engine of {', '.join(dead)} has failed", code="engine_dead")
+        if self.failure is not None:
+            raise Unavailable(self.failure, code="engine_dead")
         return models
 
     def _open(self) -> list[ModelInfo]:
@@ -89,6 +88,12 @@ class LocalBackend:
         if self._refusal is not None:
             raise Unavailable(self._refusal.message, code=self._refusal.code)
         return self._models
+
+    @property
+    def failure(self) -> str | None:
+        """See Backend. The other models still serve."""
+        dead = [name for name, one in self._served.items() if not one.is_alive]
+        return f"the engine of {', '.join(dead)} has failed" if dead else None
 
     async def aclose(self) -> None:
         """Refuse what comes, finish what was accepted within the drain timeout, end the engine threads."""
