@@ -170,6 +170,25 @@ async def test_a_call_without_a_message_is_told_so(running: Running) -> None:
     assert running.count("Classify", "invalid") == 1
 
 
+@pytest.mark.parametrize("name", ["Classify", "Generate"])
+@pytest.mark.parametrize("outcome", ["cancelled", "deadline"])
+async def test_who_leaves_before_the_message_is_there_is_not_wrong(start: Start, name: str, outcome: str) -> None:
+    running = await start()
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await asyncio.sleep(30)
+        yield b""
+
+    method = running.channel.stream_unary(f"/{SERVICE}/{name}")
+    calls = [method(nothing(), timeout=1 if outcome == "deadline" else 10) for _ in range(20)]
+    await until(lambda: len(running.server._tasks) == 2 * len(calls))  # two a call that is there
+    if outcome == "cancelled":
+        for call in calls:
+            call.cancel()
+    await until(lambda: sum(running.count(name, other) for other in ("cancelled", "deadline", "invalid")) == 20)
+    assert running.count(name, outcome) == 20
+
+
 async def test_an_overload_says_when_to_come_back(running: Running, backend: FakeBackend) -> None:
     backend.error = Overloaded("the queue is full (8)", retry_after_s=1.5)
     failure = await failure_of(running.classify("a"))

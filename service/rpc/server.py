@@ -13,7 +13,15 @@ from grpc import StatusCode
 
 from service.address import address_text, addresses_of, listening
 from service.config import Settings
-from service.errors import AttndError, EngineFailed, InvalidRequest, TooLarge, Unavailable, Unsupported
+from service.errors import (
+    AttndError,
+    Cancelled,
+    EngineFailed,
+    InvalidRequest,
+    TooLarge,
+    Unavailable,
+    Unsupported,
+)
 from service.observed import Observed
 from service.rpc import health, inference, reflection
 from service.rpc.core import Call, MessageRefused, Metadata, Port
@@ -34,6 +42,7 @@ _OVERSIZE_FACTOR = 4
 
 _SHOWN = 128  # characters of a path that an error repeats
 _DRAINING = "draining"
+_LEAVING_S = 0.01  # that a caller has left, the core may tell a moment after it told that there is no message
 _LAST_WORDS_S = 0.5  # to send what calls have ended with in the meantime
 
 _log = logging.getLogger("attnd.rpc")
@@ -121,11 +130,14 @@ class RpcServer:
         return error
 
     async def _received(self, call: Call) -> Received:
-        """The one message of a call."""
+        """The one message of a call, or why there is none, for the method to count."""
         try:
-            data = await call.read()
+            if (data := await call.read()) is None:
+                await asyncio.sleep(_LEAVING_S)
         except MessageRefused:
             return self._refused()
+        except asyncio.CancelledError:  # as `_accept` says that the caller has left
+            return Cancelled("the caller left before its message was here")
         return InvalidRequest("the call has no message") if data is None else self._within(data)
 
     async def _all_received(self, call: Call) -> AsyncIterator[Received]:
