@@ -69,7 +69,8 @@ RULES = [
         "service.errors service.worker.bundle service.worker.session",
         "numpy",
     ),
-    rule("service.worker.beginnings", "service.worker.generation.detokenizer"),
+    rule("service.worker.byte_level"),
+    rule("service.worker.beginnings", "service.worker.byte_level"),
     rule("service.worker.tokenizer", "service.domain service.errors service.worker.beginnings", "tokenizers"),
     rule("service.worker.long_texts", "service.errors service.worker.tokenizer"),
     rule("service.worker.attention.views", "service.domain service.errors"),
@@ -175,7 +176,7 @@ RULES = [
         "service.worker.generation.sentences",
     ),
     rule("service.worker.generation.rejoined", "service.domain service.worker.generation.detokenizer"),
-    rule("service.worker.generation.detokenizer", "service.errors"),
+    rule("service.worker.generation.detokenizer", "service.errors service.worker.byte_level"),
     rule("service.worker.generation.chat_template", "service.domain service.errors", "jinja2"),
     rule(
         "service.worker.generation.prompt_tokenizer",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from service.worker.generation.detokenizer import byte_alphabet
+from service.worker.byte_level import byte_alphabet
 
 CHARACTERS_A_TOKEN = 16  # far more than texts have, so that the first beginning is mostly enough
 GROWTH = 8  # times as long is the next, so that reading them all costs little beside reading the whole

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from service.errors import BundleError
+from service.worker.byte_level import byte_alphabet
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 UNKNOWN = "\ufffd"
@@ -22,13 +23,6 @@ class Stage(Protocol):
     def feed(self, piece: str) -> Iterable[str]: ...
 
     def flush(self) -> Iterable[str]: ...
-
-
-def byte_alphabet() -> dict[int, int]:
-    """GPT-2's characters for bytes (Radford et al. 2019): printable Latin-1 for itself, the rest from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: byte for byte in printable} | {0x100 + place: byte for place, byte in enumerate(others)}
 
 
 # Code point -> byte, for str.translate; what is not in the alphabet must not stay a byte either.
