@@ -1,6 +1,6 @@
 """attnd's server. The life of a request, in the order of the files:
 
-gateway/<dialect>.py or rpc/server.py reads bytes into a request of domain.py, which validates itself; a Call says who
+gateway/<dialect>.py or rpc/inference.py reads bytes into a request of domain/, which validates itself; a Call says who
 asks, until when, and how far it is. observed.py counts it, whatever its end, and passes it on through backend.py's
 seam: to rpc/client.py, which asks a worker process, or to worker/local.py in this process.
 

@@ -1,7 +1,7 @@
 """The one seam: whatever can answer requests.
 
 `LocalBackend` runs models in this process, `RemoteBackend` asks a worker over gRPC, `Observed` counts on the way.
-The HTTP gateway and the gRPC service each take a Backend and know nothing else of what lies behind it.
+The HTTP gateway and the gRPC service each take one that is observed, and know nothing of what lies behind it.
 """
 
 from collections.abc import AsyncGenerator
