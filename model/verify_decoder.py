@@ -28,7 +28,8 @@ from model.verify import Check, Report, checked
 from model.verify_attention import attention
 from model.verify_generation import agreement, correlation, difference, facts, interface, packed_again
 from service.worker.bundle import Bundle, load_bundle
-from service.worker.generation.decoder import BLOCK, DecoderEngine
+from service.worker.generation.decoder import DecoderEngine
+from service.worker.generation.kv_memory import BLOCK
 from service.worker.weights.packing import PRECISIONS, decoder_pieces, read_smoothing
 
 NUM_SLOTS = 16

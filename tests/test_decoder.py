@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from service.errors import BundleError, ConfigError
 from service.worker.bundle import GraphSpec, TensorSpec, load_bundle
-from service.worker.generation.decoder import BLOCK, DecoderEngine, kv_bytes_per_token, vocabulary_of
-from service.worker.generation.kv_memory import KvMemory, KvShape, read_shape, reserve
+from service.worker.generation.decoder import DecoderEngine, kv_bytes_per_token, vocabulary_of
+from service.worker.generation.kv_memory import BLOCK, KvMemory, KvShape, read_shape, reserve
 
 tiny = pytest.importorskip("tiny", reason="exporting needs torch", exc_type=ImportError)
 

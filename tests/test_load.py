@@ -20,8 +20,8 @@ from service.metrics import Metrics
 from service.observed import Observed
 from service.worker import load
 from service.worker.classification.classifier import Classifier
-from service.worker.generation.decoder import BLOCK
 from service.worker.generation.generator import Generator
+from service.worker.generation.kv_memory import BLOCK
 from service.worker.generation.prefix_cache import CHUNK
 from service.worker.generation.process_lane import ProcessLane
 from service.worker.load import load_models

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 
 from service.domain import GenerateRequest
 from service.worker.bundle import load_bundle
-from service.worker.generation.decoder import BLOCK, DecoderEngine
+from service.worker.generation.decoder import DecoderEngine
+from service.worker.generation.kv_memory import BLOCK
 from service.worker.generation.sampling import Sampler
 
 from .prompts import Prompt, PromptPlan, plan_from, prompts_of

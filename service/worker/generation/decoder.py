@@ -16,8 +16,6 @@ from service.worker.bundle import Bundle, GraphSpec
 from service.worker.generation.kv_memory import BLOCK, CROSS, KvMemory, read_shape
 from service.worker.session import Binding, Session
 
-__all__ = ["BLOCK", "DecoderEngine", "kv_bytes_per_token"]
-
 GRAPH = "decode"
 INPUTS = ("ids", "lengths", "longest", "keep")
 
