@@ -261,6 +261,27 @@ async def test_a_huge_head_is_refused(served: wire.Served) -> None:
     assert served.count("invalid", NO_ROUTE) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "is_fit"),
+    [
+        (b"/healthz", [b"a" * 3900], True),
+        (b"/healthz", [b"a" * 4100], False),
+        (b"/healthz", [b"a" * 900] * 5, False),
+        (b"/healthz?" + b"a" * 4100, [], False),
+    ],
+)
+async def test_a_head_has_the_same_limit_when_it_comes_at_once(
+    served: wire.Served, path: bytes, headers: list[bytes], is_fit: bool
+) -> None:
+    lines = b"".join(b"x-long: %b\r\n" % value for value in headers)
+    async with connect(served.port) as client:
+        await client.send(b"GET %b HTTP/1.1\r\nhost: test\r\n%b\r\n" % (path, lines) + request("GET", "/healthz"))
+        assert [(await client.read()).status for _ in range(1 + is_fit)] == ([200, 200] if is_fit else [431])
+        if not is_fit:
+            assert await client.is_closed()
+    assert served.count("invalid", NO_ROUTE) == (0 if is_fit else 1)
+
+
 @pytest.mark.parametrize("part", [b"", b"POST /v1/cla", HEAD, HEAD + b"content-length: 24\r\n\r\n{", HEAD + b"x: y"])
 async def test_a_client_that_stops_halfway_is_hung_up_on(impatient: wire.Served, part: bytes) -> None:
     async with connect(impatient.port) as client:
@@ -407,6 +428,14 @@ async def test_expect_100_continue(served: wire.Served) -> None:
         assert (await client.read(has_body=False)).status == 100
         await client.send(GOOD)
         assert (await client.read()).status == 200
+
+
+async def test_nobody_is_asked_for_a_body_that_is_too_large(served: wire.Served) -> None:
+    headers = [b"content-length: 10001\r\n", b"expect: 100-continue\r\n"]
+    for order in (headers, headers[::-1]):
+        async with connect(served.port) as client:
+            await client.send(HEAD + b"".join(order) + b"\r\n")
+            assert (await client.read()).status == 413
 
 
 async def test_an_upgrade_is_not_taken_and_does_no_harm(served: wire.Served) -> None:

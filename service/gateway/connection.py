@@ -26,6 +26,7 @@ _UPGRADE_HEADERS = {b"upgrade", b"connection", b"http2-settings"}
 _MAX_WAITING = 64  # pipelined requests
 _MAX_WAITING_BYTES = 65_536
 _MAX_UNSENT_BYTES = 65_536
+_AROUND_HEADER = len(b": \r\n")
 _MALFORMED = Failure(400, "this is not an HTTP/1.1 request", "malformed_http")
 
 
@@ -101,8 +102,11 @@ class Connection(asyncio.Protocol):
         """Bound what the parser keeps of an unfinished head, and what chunking may add to a body."""
         limit = self._limits.max_head_bytes + (0 if self._is_in_head else 8 * self._limits.max_body_bytes)
         if self._num_raw > limit:
-            message = f"the request's head has over {self._limits.max_head_bytes} bytes"
-            self._refuse(Failure(431, message, "head_too_large"))
+            self._refuse_head()
+
+    def _refuse_head(self) -> None:
+        message = f"the request's head has over {self._limits.max_head_bytes} bytes"
+        self._refuse(Failure(431, message, "head_too_large"))
 
     def _decline_upgrade(self) -> bytes:
         """The request's head again, without the wish for a protocol that is not spoken here, for a new parser.
@@ -138,13 +142,21 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
-        if self._parser.should_upgrade():
+        if self._is_ending or self._parser.should_upgrade():
             return
+        num_head, num_body, is_asking = len(self._url), 0, False
         for name, value in self._headers:
-            if name == b"content-length" and int(value) > self._limits.max_body_bytes:
-                self._dispatch_too_large()
-            elif name == b"expect" and value.lower() == b"100-continue" and self._active is None:
-                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            num_head += len(name) + len(value) + _AROUND_HEADER
+            if name == b"content-length":
+                num_body = int(value)
+            elif name == b"expect":
+                is_asking = value.lower() == b"100-continue"
+        if num_head > self._limits.max_head_bytes:
+            self._refuse_head()
+        elif num_body > self._limits.max_body_bytes:
+            self._dispatch_too_large()
+        elif is_asking and self._active is None:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
         self._num_body += len(body)
