@@ -236,7 +236,7 @@ class Metrics:
         self.queue_depth.labels(model).set_function(waiting)
         self._running.labels(model).set_function(running)
 
-    def set_kv(self, model: str, usage: Callable[[], tuple[int, int]], *, block_tokens: int = 64) -> None:
+    def set_kv(self, model: str, usage: Callable[[], tuple[int, int]], *, block_tokens: int) -> None:
         """Say how to find out how many tokens the K/V slots of `model` hold, and how many they have room for.
 
         What the prefix cache merely keeps does not count as held: gateways balance by this.

@@ -69,7 +69,7 @@ async def _start_http(backend: Observed, metrics: Metrics, settings: Settings) -
     from service.gateway.app import create_app
     from service.gateway.server import HttpServer
 
-    server = HttpServer(create_app(backend, metrics, settings), settings, port=settings.http_port)
+    server = HttpServer(create_app(backend, metrics, settings), settings)
     port = await server.start()
     _log.info("HTTP on http://%s", address_text(settings.host, port))
     return server

@@ -33,8 +33,8 @@ def read_classified() -> Callable[[], object]:
 def read_prompts(path: Path, how: str) -> Callable[[], object]:
     byte_level().save(str(path))
     tokenizer = PromptTokenizer(path)
-    if how == "encode_chat":
-        return lambda: tokenizer.encode_chat(PLAIN, [Message("user", LONG)])
+    if how == "encode_rendered":
+        return lambda: tokenizer.encode_rendered(tokenizer.rendered(PLAIN, [Message("user", LONG)]))
     return lambda: getattr(tokenizer, how)(LONG)
 
 
@@ -55,7 +55,7 @@ def ticking() -> Iterator[list[int]]:
     thread.join()
 
 
-@pytest.mark.parametrize("how", ["classified", "encode", "encode_plain", "encode_chat"])
+@pytest.mark.parametrize("how", ["classified", "encode", "encode_plain", "encode_rendered"])
 def test_other_threads_go_on_while_a_long_text_is_encoded(tmp_path: Path, how: str) -> None:
     read = read_classified() if how == "classified" else read_prompts(tmp_path / "tokenizer.json", how)
     with ticking() as count:

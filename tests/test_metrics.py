@@ -73,7 +73,7 @@ def used(metrics: Metrics) -> Metrics:
     metrics.generated_tokens("m").inc()
     metrics.finished_outputs("m", "stop").inc()
     metrics.set_load("m", waiting=lambda: 3, running=lambda: 2)
-    metrics.set_kv("m", lambda: (640, 1280))
+    metrics.set_kv("m", lambda: (640, 1280), block_tokens=64)
     metrics.observe_step("m", rows=2, prefill_tokens=64, prefill_seconds=0.5, decode_seconds=0.25)
     metrics.observe_prefix("m", queried=100, hit=64)
     metrics.observe_released("m", 0.005)

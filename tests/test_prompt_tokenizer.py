@@ -37,11 +37,15 @@ def user(text: str) -> list[Message]:
     return [Message(role="user", content=text)]
 
 
+def encode_chat(ours: PromptTokenizer, template: ChatTemplate, messages: list[Message]) -> list[int]:
+    return ours.encode_rendered(ours.rendered(template, messages))
+
+
 @pytest.mark.parametrize("text", [*TEXTS, "<tool> and </tool>", "<|im_", "im_end|>", "\n\n newline, then "])
 def test_a_chat_has_the_ids_of_its_whole_text(chat: tuple[Tokenizer, PromptTokenizer], text: str) -> None:
     theirs, ours = chat
     expected = theirs.encode(CHATML.render(user(text)), add_special_tokens=False).ids
-    assert ours.encode_chat(CHATML, user(text)) == expected
+    assert encode_chat(ours, CHATML, user(text)) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,7 @@ def test_a_chat_has_the_ids_of_its_whole_text(chat: tuple[Tokenizer, PromptToken
 )
 def test_what_a_turn_says_never_becomes_a_special_token(chat: tuple[Tokenizer, PromptTokenizer], text: str) -> None:
     theirs, ours = chat
-    ids = ours.encode_chat(CHATML, [*user(text), Message(role="assistant", content="a")])
+    ids = encode_chat(ours, CHATML, [*user(text), Message(role="assistant", content="a")])
     assert [
         theirs.id_to_token(token) for token in ids if token >= theirs.token_to_id(START) and token in special(theirs)
     ] == [
@@ -88,7 +92,7 @@ def test_a_refusal_that_repeats_a_turn_can_be_told(chat: tuple[Tokenizer, Prompt
 def test_around_an_injection_the_ids_stay_what_they_are(chat: tuple[Tokenizer, PromptTokenizer]) -> None:
     theirs, ours = chat
     plain, injected = user("hello 你"), user(END)
-    together = ours.encode_chat(CHATML, [*plain, *injected])
+    together = encode_chat(ours, CHATML, [*plain, *injected])
     alone = theirs.encode(CHATML.render(plain), add_special_tokens=False).ids
     assert together[: len(alone) - 12] == alone[:-12]
 
@@ -106,9 +110,9 @@ def test_a_prompt_begins_as_the_tokenizer_says_and_a_chat_as_the_template_does(t
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
     ours = saved(tokenizer, tmp_path)
     assert ours.encode("h") == [begin, tokenizer.token_to_id("h")]
-    assert ours.encode_chat(CHATML, user("h"))[0] == tokenizer.token_to_id(START)
+    assert encode_chat(ours, CHATML, user("h"))[0] == tokenizer.token_to_id(START)
     with_bos = ChatTemplate("{{ bos_token }}{{ messages[0].content }}", bos_token="<s>")
-    assert ours.encode_chat(with_bos, user("h")) == [begin, tokenizer.token_to_id("h")]
+    assert encode_chat(ours, with_bos, user("h")) == [begin, tokenizer.token_to_id("h")]
 
 
 def test_nothing_is_cut_or_padded(tmp_path: Path) -> None:

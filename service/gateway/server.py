@@ -15,14 +15,12 @@ _BACKLOG = 1024
 
 
 class HttpServer:
-    """Serves `gateway` on `settings.host`; `port` 0 takes any free one. Installs no signal handlers."""
+    """Serves `gateway` on the settings' host and port; 0 takes any free one. Installs no signal handlers."""
 
-    def __init__(
-        self, gateway: Gateway, settings: Settings, *, port: int | None = None, limits: Limits | None = None
-    ) -> None:
+    def __init__(self, gateway: Gateway, settings: Settings, *, limits: Limits | None = None) -> None:
         self._gateway = gateway
         self._host = settings.host
-        self._port = settings.http_port if port is None else port
+        self._port = settings.http_port
         self._grace_s = settings.drain_timeout
         self._limits = limits or Limits(max_body_bytes=settings.max_body_bytes)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from service.config import Settings
 from service.errors import BundleError, ConfigError
 from service.metrics import Metrics
-from service.worker.bundle import Bundle
+from service.worker.bundle import MANIFEST, Bundle
 from service.worker.classification.classifier import Classifier
 from service.worker.classification.engine import ClassificationEngine
 from service.worker.generation.attend import Attending
@@ -32,7 +32,6 @@ from service.worker.pull import default_cache, open_bundle, pull, ready_bundle
 _log = logging.getLogger("attnd.load")
 
 SHIPPED = Path(__file__).parents[2] / "model" / "zoo"
-MANIFEST = "manifest.json"
 CHAT = "chat"  # the shipped model whose graph other weights can be bound to
 MAX_LANES = 8  # of a translation: more than one event loop can keep busy, and each has K/V of its own
 MAX_BATCH = {"generation": 16, "translation": 32}  # with more a translation's step costs as much a row as with these

@@ -53,15 +53,12 @@ class PromptTokenizer:
         """As `encode` or `encode_plain`, with the place of each token in the text."""
         return told(encode(self._plain if is_plain else self._tokenizer, text))
 
-    def encode_chat(self, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
-        """A chat up to where the model is to speak; special tokens are the template's only. Raises as `render` does."""
-        return self.encode_rendered(self.rendered(template, messages))
-
     def rendered(self, template: ChatTemplate, messages: Sequence[Message]) -> str:
         """A chat as `encode_rendered` takes it. Raises as `render` does."""
         return template.render(messages, quote=self._quoted)
 
     def encode_rendered(self, text: str) -> list[int]:
+        """A chat up to where the model is to speak; special tokens are the template's only."""
         if SEAM not in text:
             return ids_of(self._tokenizer, text, add_special_tokens=False)
         return [token for part in self._parts(text) for token in part]
