@@ -613,7 +613,7 @@ async def test_a_worker_that_dies_after_the_first_event_ends_the_generation(work
     events: list[Event] = []
 
     async def listen() -> None:
-        async for event in remote.generate(ENDLESS, call(60)):
+        async for event in remote.generate(replace(ENDLESS, prompt="word " * 15_000), call(60)):
             events.append(event)
             if len(events) == 1:
                 await workers.stop(0 if backends[0].generations else 1)
