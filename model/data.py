@@ -5,6 +5,7 @@ only unseen if all its phrases are left out of training too. IMDb (Maas et al. 2
 """
 
 import csv
+import hashlib
 import io
 import random
 import re
@@ -62,6 +63,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def digest(self) -> str:
+        flat = torch.tensor([token for ids in self.ids for token in ids])
+        return digest([flat, torch.tensor(self.lengths()), self.targets])
+
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.ids]
 
@@ -73,6 +78,15 @@ class Examples:
         chosen = [self.ids[i] for i in indices]
         ids, mask = pad(chosen, pad_id)
         return Batch(ids, mask, self.targets[torch.tensor(indices)])
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A hash of shapes and values."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.detach().contiguous().numpy())
+    return sha.hexdigest()
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:

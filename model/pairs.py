@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.data import Batches, pad
+from model.data import Batches, digest, pad
 
 
 class Pair(NamedTuple):
@@ -79,6 +79,10 @@ class Variants:
 
     corpora: list[EncodedPairs]
     start_id: int
+
+    def digest(self) -> str:
+        sides = [side for corpus in self.corpora for side in (corpus.sources, corpus.targets)]
+        return digest(tensor for side in sides for tensor in (side.flat, side.lengths))
 
     def epoch(self, number: int, *, batch_size: int, seed: int, pad_id: int) -> Batches[PairBatch]:
         """`batch_size` is in tokens: see `token_batches`."""

@@ -3,7 +3,7 @@
 A run owns a directory: `state.safetensors` (everything that resuming needs, replaced atomically), `metrics.jsonl`,
 `curve.png`, and at the end the model itself (`model.safetensors`, `config.json`, `tokenizer.json`, `train.json`). A
 resumed run is bit-equal to an uninterrupted one: the order of the data follows from the seed and the epoch, and the
-state holds weights, moments, average and the random generator.
+state holds weights, moments, average, the random generator and the losses that the next line of metrics is the mean of.
 """
 
 import json
@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from model.config import ModelConfig
 from model.curve import Metrics, MetricsFile, plot
-from model.data import Batch, Batches
+from model.data import Batch, Batches, digest
 from model.optimizer import depth, learning_rate_scale, parameter_groups
 from model.transformer import Classifier
 
@@ -35,6 +36,10 @@ M = TypeVar("M", bound=nn.Module)
 
 class DataSet(Protocol):
     """Gives an epoch's batches; the same ones whenever it is asked with the same arguments."""
+
+    def digest(self) -> str:
+        """A hash of all examples."""
+        ...
 
     def epoch(self, number: int, *, batch_size: int, seed: int, pad_id: int) -> Batches[Any]: ...
 
@@ -80,12 +85,13 @@ class Run:
         model: nn.Module,
         config: TrainConfig,
         *,
+        architecture: ModelConfig,
         examples: DataSet,
-        pad_id: int,
         loss: Loss = classification_loss,
     ) -> None:
         self.directory, self.model, self.config = directory, model, config
-        self.examples, self.pad_id, self.loss, self.step = examples, pad_id, loss, 0
+        self.architecture, self.examples, self.loss, self.step = architecture, examples, loss, 0
+        self.losses: list[float] = []  # since the last evaluation
         num_layers = max(depth(name, 0) for name, _ in model.named_parameters())
         groups = parameter_groups(model, config, num_layers)
         betas = (0.9, config.beta2)
@@ -94,11 +100,13 @@ class Run:
         self.averaged = [parameter.detach().clone() for parameter in self.parameters] if config.average else []
         self.total = sum(len(self.epoch(number)) for number in range(config.epochs))
         self.last = self.total if config.last_update is None else config.last_update
+        if not 0 < self.last <= self.total:
+            raise ValueError(f"{directory}: the data give {self.total} updates, the run is to end at {self.last}")
         directory.mkdir(parents=True, exist_ok=True)
 
     def epoch(self, number: int) -> Batches[Any]:
-        seed = self.config.seed * 1000 + number
-        return self.examples.epoch(number, batch_size=self.config.batch_size, seed=seed, pad_id=self.pad_id)
+        seed, pad_id = self.config.seed * 1000 + number, self.architecture.pad_id
+        return self.examples.epoch(number, batch_size=self.config.batch_size, seed=seed, pad_id=pad_id)
 
     def batches(self) -> Iterator[Any]:
         """The batches that are still to come, from where `step` says."""
@@ -159,7 +167,7 @@ class Run:
     def state(self) -> dict[str, Tensor]:
         """Everything that the next update depends on, and that does not follow from the configuration and the step."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        tensors = {"generator": torch.get_rng_state()}
+        tensors = {"generator": torch.get_rng_state(), "losses": torch.tensor(self.losses, dtype=torch.float64)}
         for at, parameter in enumerate(self.parameters):
             name = names[parameter]
             tensors[f"weight/{name}"] = parameter.detach()
@@ -168,13 +176,21 @@ class Run:
                 tensors[f"average/{name}"] = self.averaged[at]
         return tensors
 
+    @cached_property
+    def made_of(self) -> dict[str, str]:
+        """What else the next update depends on: a state goes on in a run of the same only."""
+        frozen = digest(weight for weight in self.model.parameters() if not weight.requires_grad)
+        model = json.dumps(asdict(self.architecture))
+        return {"model": model, "frozen weights": frozen, "data": self.examples.digest()}
+
     def save(self) -> None:
         new = self.directory / "state.new"
-        save_file(self.state(), new, metadata={"step": str(self.step), "config": json.dumps(asdict(self.config))})
+        told = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
+        save_file(self.state(), new, metadata=told | self.made_of)
         os.replace(new, self.directory / "state.safetensors")
 
     def resume(self) -> bool:
-        """Takes up the saved state if there is one; raises ValueError if it was made under another configuration."""
+        """Takes up the saved state if there is one; raises ValueError if it is of other settings, model or data."""
         path = self.directory / "state.safetensors"
         if not path.exists():
             return False
@@ -182,6 +198,9 @@ class Run:
             metadata = file.metadata()
         if TrainConfig.from_json(metadata["config"]) != self.config:
             raise ValueError(f"{path} was made by {metadata['config']}; remove it to train anew with {self.config}")
+        for name, ours in self.made_of.items():
+            if metadata.get(name) != ours:
+                raise ValueError(f"{path} was made with other {name} than this run's; remove it to train anew")
         self.restore(load_file(path))
         self.step = int(metadata["step"])
         return True
@@ -196,6 +215,7 @@ class Run:
             self.optimizer.state[parameter] = {key: tensors[f"{key}/{name}"] for key in keys}
             if self.averaged:
                 self.averaged[at].copy_(tensors[f"average/{name}"])
+        self.losses = tensors["losses"].tolist()
         torch.set_rng_state(tensors["generator"])
 
 
@@ -207,18 +227,18 @@ def train(run: Run, evaluate: Callable[[], Metrics], *, stop_at: int | None = No
     torch.manual_seed(run.config.seed)
     run.resume()
     metrics = MetricsFile(run.directory / "metrics.jsonl", step=run.step)
-    losses, began = [], time.perf_counter()
+    began = time.perf_counter()
     run.model.train()
     bar = tqdm(run.batches(), initial=run.step, total=run.last, unit="update", desc=run.directory.name, mininterval=5)
     for batch in bar:
         if run.step in (stop_at, run.last):
             break
-        losses.append(run.update(batch))
+        run.losses.append(run.update(batch))
         if run.is_due(run.config.evaluate_every):
-            scores = evaluated(run, evaluate) | {"loss": sum(losses) / len(losses)}
+            scores = evaluated(run, evaluate) | {"loss": sum(run.losses) / len(run.losses)}
             metrics.write({"step": run.step, "rate": run.rate, "seconds": time.perf_counter() - began} | scores)
             bar.set_postfix(scores, refresh=False)
-            losses = []
+            run.losses = []
         if run.is_due(run.config.save_every):
             run.save()
     plot(run.directory)

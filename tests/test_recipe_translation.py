@@ -16,7 +16,7 @@ from model.transformer import EncoderDecoder
 from model.translate import translate
 
 SMALL = {"vocab_size": 330, "width": 16, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1, "feed_forward": 16}
-SHORT = {"epochs": 1, "batch_size": 300, "last_update": 2, "evaluate_every": 1, "save_every": 1}
+SHORT = {"epochs": 1, "batch_size": 150, "last_update": 2, "evaluate_every": 1, "save_every": 1}
 NOUNS = {"man": "Mann", "dog": "Hund", "child": "Kind", "girl": "Mädchen", "boy": "Junge"}
 VERBS = {"plays": "spielt", "sleeps": "schläft", "runs": "läuft", "sings": "singt", "waits": "wartet"}
 

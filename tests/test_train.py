@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,9 +66,27 @@ def toy_examples(count: int = 30) -> Examples:
     return Examples(ids, one_hot(labels))
 
 
-def make_run(directory: Path, config: TrainConfig = SCHEDULE, loss: Loss = classification_loss) -> Run:
+def make_run(
+    directory: Path,
+    config: TrainConfig = SCHEDULE,
+    *,
+    architecture: ModelConfig = CONFIG,
+    examples: Examples | None = None,
+    loss: Loss = classification_loss,
+    num_frozen: int = 0,
+) -> Run:
     torch.manual_seed(1)
-    return Run(directory, Classifier(CONFIG), config, examples=toy_examples(), pad_id=0, loss=loss)
+    model = Classifier(architecture)
+    for block in model.body.stack.blocks[:num_frozen]:
+        block.requires_grad_(False)
+    return Run(
+        directory,
+        model,
+        config,
+        architecture=architecture,
+        examples=toy_examples() if examples is None else examples,
+        loss=loss,
+    )
 
 
 def no_scores() -> dict[str, float]:
@@ -96,7 +115,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, stop
 
     def told(run: Run) -> list[dict[str, float]]:
         lines = read_metrics(run.directory / "metrics.jsonl")
-        return [{key: line[key] for key in ("step", "rate")} for line in lines]
+        return [{key: line[key] for key in ("step", "rate", "loss")} for line in lines]
 
     assert told(resumed) == told(whole)
     assert (resumed.directory / "curve.png").stat().st_size > 0
@@ -106,6 +125,50 @@ def test_a_state_of_another_configuration_is_refused(tmp_path: Path) -> None:
     train(make_run(tmp_path), no_scores)
     with pytest.raises(ValueError, match="remove it to train anew"):
         make_run(tmp_path, replace(SCHEDULE, learning_rate=2e-2)).resume()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"architecture": replace(CONFIG, activation="relu")}, "model"),
+        ({"architecture": replace(CONFIG, dropout=0.2)}, "model"),
+        ({"num_frozen": 2}, "frozen weights"),
+        ({"examples": toy_examples(8)}, "data"),
+        ({"examples": replace(toy_examples(), targets=1 - toy_examples().targets)}, "data"),
+        ({"examples": replace(toy_examples(), ids=toy_examples().ids[::-1])}, "data"),
+    ],
+)
+def test_a_state_of_another_model_or_other_data_is_refused(tmp_path: Path, changes: dict[str, Any], name: str) -> None:
+    train(make_run(tmp_path, num_frozen=1), no_scores, stop_at=7)
+    assert make_run(tmp_path, num_frozen=1).resume()
+    run = make_run(tmp_path, **{"num_frozen": 1} | changes)
+    with pytest.raises(ValueError, match=rf"state\.safetensors was made with other {name} than this run's; remove it"):
+        train(run, no_scores)
+
+
+def test_a_translation_state_of_other_pairs_is_refused(tmp_path: Path) -> None:
+    train(make_translation_run(tmp_path), no_scores, stop_at=4)
+    run = make_translation_run(tmp_path)
+    run.examples.corpora[2].targets.flat[5] += 1  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="was made with other data"):
+        run.resume()
+
+
+def test_frozen_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    train(make_run(tmp_path, num_frozen=1), no_scores, stop_at=7)
+    run = make_run(tmp_path, num_frozen=1)
+    run.model.get_submodule("body.stack.blocks.0.attention.query").weight.data[0, 0] += 1  # type: ignore[operator]
+    with pytest.raises(ValueError, match="was made with other frozen weights"):
+        run.resume()
+
+
+@pytest.mark.parametrize(("last_update", "num_updates"), [(17, 16), (0, 16), (None, 0)])
+def test_a_run_without_so_many_updates_is_refused(tmp_path: Path, last_update: int | None, num_updates: int) -> None:
+    examples = toy_examples() if num_updates else Examples([], torch.zeros(0, 2))
+    with pytest.raises(
+        ValueError, match=rf"the data give {num_updates} updates, the run is to end at {last_update or 0}"
+    ):
+        make_run(tmp_path, replace(SCHEDULE, last_update=last_update), examples=examples)
 
 
 def test_a_state_that_does_not_know_a_newer_field_has_its_default(tmp_path: Path) -> None:
@@ -190,7 +253,7 @@ def test_frozen_weights_stay(tmp_path: Path) -> None:
     model = Classifier(CONFIG)
     embedding = model.body.stack.embedding.requires_grad_(False)
     before = embedding.token.weight.clone()
-    train(Run(tmp_path, model, SCHEDULE, examples=toy_examples(), pad_id=0), no_scores)
+    train(Run(tmp_path, model, SCHEDULE, architecture=CONFIG, examples=toy_examples()), no_scores)
     assert torch.equal(embedding.token.weight, before)
 
 
@@ -246,7 +309,7 @@ def make_translation_run(directory: Path, config: TrainConfig = TRANSLATING) -> 
     corpora = [EncodedPairs(Ragged.of(lists[at:][:20]), Ragged.of(lists[at + 20 :][:20])) for at in (0, 20)]
     corpora.append(EncodedPairs(Ragged.of(lists), Ragged.of(lists)))
     loss = partial(translation_loss, pad_id=0, smoothing=0.1)
-    return Run(directory, tiny_translator(), config, examples=Variants(corpora, 1), pad_id=0, loss=loss)
+    return Run(directory, tiny_translator(), config, architecture=TRANSLATOR, examples=Variants(corpora, 1), loss=loss)
 
 
 @pytest.mark.parametrize("stop_at", [4, 9])

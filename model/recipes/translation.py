@@ -202,7 +202,7 @@ def train_stage(plan: Plan, number: int, out: Path, corpus: Corpus) -> None:
         load_model(model, earlier[-1] / "model.safetensors")
     loss = partial(translation_loss, pad_id=PAD_ID, smoothing=SMOOTHING)
     folder = out / plan.folders()[number + 1]
-    run = Run(folder, model, stage.train, examples=read_variants(subwords), pad_id=PAD_ID, loss=loss)
+    run = Run(folder, model, stage.train, architecture=config, examples=read_variants(subwords), loss=loss)
     score = scorer(model, load_subwords(tokenizer), corpus)
     train(run, score)
     facts = {"train": asdict(stage.train), "updates": run.step, "scores": score()}
