@@ -12,7 +12,7 @@ makes 7 bits enough is that the rounding error of one weight is made up for by t
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -212,6 +212,17 @@ def linear_nodes(node: onnx.NodeProto, name: str, layer: Int8Layer, weights: Arr
     yield helper.make_node("QuantizeLinear", [f"{name}.smoothed", scale, zero_point], [f"{name}.quantized"])
     inputs = [f"{name}.quantized", weight, scale, weight_scale, zero_point, weight_zero_point, node.input[2]]
     yield helper.make_node("MatMulIntegerToFloat", inputs, node.output, domain=CONTRIB)
+
+
+def rounding_error(stored: Mapping[str, NDArray[Any]], name: str, weight: NDArray[np.float32]) -> float:
+    """How far the graph's weight `name` is from `weight` at most: in levels if it is int8, else in itself."""
+    found = stored[name]
+    if found.dtype != np.int8:
+        return float(np.abs(found - weight).max())
+    level, smooth = stored[f"{name}_scale"], stored.get(f"{name.removesuffix('.weight')}.smooth")
+    if smooth is not None:  # a linear layer, (inputs, outputs), and not the embedding
+        weight, level = weight.T, smooth[:, None] * level
+    return float(np.abs(found - weight / level).max())
 
 
 def embedding_nodes(node: onnx.NodeProto, weights: Arrays) -> Iterator[onnx.NodeProto]:

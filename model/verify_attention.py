@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.checks import Found
 from model.export_decoder import ATTENTION_GRAPH
 from model.transformer import LanguageModel
 from service.worker.bundle import Bundle
@@ -30,9 +31,7 @@ def reference(model: LanguageModel, ids: Ids) -> Floats:
     return torch.cat(trace).numpy()
 
 
-def attention(
-    bundle: Bundle, model: LanguageModel, texts: Sequence[Ids], decoded: Callable[[Ids], Floats]
-) -> tuple[bool, str]:
+def attention(bundle: Bundle, model: LanguageModel, texts: Sequence[Ids], decoded: Callable[[Ids], Floats]) -> Found:
     """Weights against the module's; logits (T, V) must be the bits that the first graph has `decoded`."""
     session = Session(bundle.graph_path(ATTENTION_GRAPH), bundle.graph(ATTENTION_GRAPH))
     difference = moved = from_one = from_decoded = 0.0

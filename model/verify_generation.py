@@ -12,14 +12,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from model.checks import Found
 from model.config import ModelConfig
 from model.export_decoder import tensor_spec
 from service.worker.bundle import Bundle, file_spec
 from service.worker.weights.packing import Piece, write_pieces
 
-Found = tuple[bool, str]
 Interface = tuple[Sequence[onnx.ValueInfoProto], Sequence[onnx.ValueInfoProto]]  # inputs, outputs
-Logits = NDArray[np.float32]
 Hits = Sequence[NDArray[np.bool_]]
 
 
@@ -50,16 +49,6 @@ def packed_again(bundle: Bundle, file: str, parts: Iterable[list[Piece]]) -> Fou
         again = file_spec(Path(folder) / file)
     same = again == bundle.manifest.files[file]
     return same, f"packed again: {'the same' if same else 'other'} {again.bytes} bytes"
-
-
-def difference(ours: Logits, theirs: Logits) -> float:
-    """The largest."""
-    return float(np.abs(ours - theirs).max())
-
-
-def correlation(ours: Logits, theirs: Logits) -> float:
-    """Of logits (T, V), without what each token of the vocabulary has at every place."""
-    return float(np.corrcoef((ours - ours.mean(0)).ravel(), (theirs - theirs.mean(0)).ravel())[0, 1])
 
 
 def agreement(hits: Hits, at_least: float) -> Found:

@@ -11,11 +11,11 @@ import torch
 from tiny import CONFIG, GRAPH_FILE, LABELS, confident_rows, export_tiny, random_ids, seeded_classifier
 
 from model import export as export_module
+from model.checks import Check, Report
 from model.config import ModelConfig
 from model.data import Row
 from model.export import Options, export, export_verified, main
 from model.packed import PackedClassifier
-from model.verify import Check, Report
 from service.worker.bundle import load_bundle
 from service.worker.classification.engine import Tokens, pack
 

@@ -6,11 +6,19 @@ import numpy as np
 import onnx
 import pytest
 
+from model.checks import Report
 from model.export_decoder import GRAPH_FILE, WEIGHTS_FILE
 from model.smoothing import calibrate
-from model.verify import Report
 from model.verify_decoder import losses, verify_decoder
-from tests.tiny import CHAT_CONFIG, change_graph, change_manifest, seeded_chat_model, sign, tiny_generation_bundle
+from tests.tiny import (
+    CHAT_CONFIG,
+    change_graph,
+    change_manifest,
+    multiply_output,
+    seeded_chat_model,
+    sign,
+    tiny_generation_bundle,
+)
 
 DRAW = np.random.default_rng(4)
 PROMPTS = [DRAW.integers(3, CHAT_CONFIG.vocab_size, size).tolist() for size in (5, 12, 40, 70)]
@@ -92,6 +100,15 @@ def telling(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
     attributes = [one for node in graph.graph.node if node.op_type == "If" for one in node.attribute]
     branches = [one.g for one in attributes if one.name == "then_branch"]
     return [node for branch in branches for node in branch.node if node.op_type == "GroupQueryAttention"]
+
+
+@pytest.mark.parametrize("by", [0.01, 100])
+def test_scaled_logits_are_found_in_int8_too(tmp_path: Path, by: float) -> None:
+    """Without a text: no token's rank changes, but every probability."""
+    bundle = tiny_generation_bundle(tmp_path / "bundle")
+    for name in (GRAPH_FILE, "attention.onnx"):
+        change_graph(bundle, lambda graph: multiply_output(graph, "logits", by), name)
+    assert failed(verify_decoder(bundle, CHAT_CONFIG, seeded_chat_model(), PROMPTS)) == {"logits"}
 
 
 def test_weights_of_another_temperature_are_found(bundle: Path) -> None:

@@ -7,9 +7,9 @@ import onnx
 import pytest
 
 from model import verify_translator
+from model.checks import Report
 from model.pairs import Pair
 from model.translator_weights import WEIGHTS_FILE
-from model.verify import Report
 from service.worker.generation.beam_search import BeamSearch
 from tests.tiny import change_graph, change_manifest, sign
 from tests.tiny_translator import (

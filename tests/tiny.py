@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx import helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from model import export_decoder
@@ -137,6 +139,16 @@ def without_graph(bundle: Path, copy: Path, name: str) -> Path:
 
     change_manifest(copy, drop)
     return copy
+
+
+def multiply_output(graph: onnx.ModelProto, output: str, by: float) -> None:
+    """What the graph tells; what its other nodes read of it stays as it was."""
+    own = f"{output}.own"
+    for node in graph.graph.node:
+        node.input[:] = [own if name == output else name for name in node.input]
+        node.output[:] = [own if name == output else name for name in node.output]
+    graph.graph.initializer.append(numpy_helper.from_array(np.float32(by), f"{output}.by"))
+    graph.graph.node.append(helper.make_node("Mul", [own, f"{output}.by"], [output]))
 
 
 def drop_attention(graph: onnx.ModelProto) -> None:

@@ -25,7 +25,7 @@ SENTENCES = (
 CONFIG = replace(TRANSLATION, vocab_size=300, width=32, num_heads=4, num_decoder_layers=2, feed_forward=64)
 SAMPLES = list(zip(random_ids(CONFIG, 128, seed=1), random_ids(CONFIG, 128, seed=2), strict=True))
 # Of model.verify_translator, for the seeded translator in int8: attention so sharp shows the least noise.
-LIMITS = {"MAX_MOVED": 0.2, "MIN_AGREEMENT": 0.7, "MIN_CORRELATION": 0.98}
+LIMITS = {"MAX_MOVED": 0.2, "MIN_AGREEMENT": 0.7, "MAX_ERROR": 0.25}
 
 
 def subwords() -> Tokenizer:
