@@ -3,7 +3,7 @@
 Knows no bundle and no engine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,9 +46,14 @@ def checked(name: str, check: Callable[..., Found], *arguments: Any) -> Check:
         return Check(name, False, f"{type(error).__name__}: {error}")
 
 
-def difference(ours: Logits, theirs: Logits) -> float:
+def difference(ours: Logits, theirs: Logits | float) -> float:
     """The largest."""
     return float(np.abs(ours - theirs).max())
+
+
+def largest(gaps: Iterable[float]) -> float:
+    """A NaN if there is one. max() may lose it, as nothing is more than a NaN and no NaN more than anything."""
+    return float(np.max(list(gaps)))
 
 
 def error(ours: Logits, theirs: Logits) -> float:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from model.checks import Check, Found, Logits, Report, checked, difference, error
+from model.checks import Check, Found, Logits, Report, checked, difference, error, largest
 from model.commands import run
 from model.config import ModelConfig
 from model.data import Examples, Row, one_hot, read_sst2
@@ -172,17 +172,15 @@ def attention(subject: Subject, samples: Sequence[Ids]) -> Found:
     reference = [subject.reference_attention(ids) for ids in samples]
     layers = range(subject.config.num_layers)
     ours, theirs = ([flat(weights, layer) for layer in layers] for weights in (served, reference))
-    difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
-    similarity = min(float(np.corrcoef(a, b)[0, 1]) for a, b in zip(ours, theirs, strict=True))
-    sum_error = max(float(np.abs(rows.sum(-1) - 1).max()) for weights in served for rows in weights.values())
+    gap = largest(difference(a, b) for a, b in zip(ours, theirs, strict=True))
+    similarity = float(np.min([np.corrcoef(a, b)[0, 1] for a, b in zip(ours, theirs, strict=True)]))
+    sum_error = largest(difference(rows.sum(-1), 1) for weights in served for rows in weights.values())
     alone = [subject.served_attention([ids])[1][0] for ids in samples]
     is_same = np.array_equal(logits, subject.served(samples)) and all(
         np.array_equal(one[layer], other[layer]) for one, other in zip(alone, served, strict=True) for layer in layers
     )
-    is_true = difference <= MAX_ATTENTION_DIFFERENCE if subject.is_exact else similarity >= MIN_ATTENTION_CORRELATION
-    found = (
-        f"largest difference {difference:.2e}, lowest correlation of a layer {similarity:.5f}, rows sum to 1 within "
-    )
+    is_true = gap <= MAX_ATTENTION_DIFFERENCE if subject.is_exact else similarity >= MIN_ATTENTION_CORRELATION
+    found = f"largest difference {gap:.2e}, lowest correlation of a layer {similarity:.5f}, rows sum to 1 within "
     found += f"{sum_error:.1e}, {'bit-equal' if is_same else 'other bits'} in batches and beside plain logits"
     return is_true and is_same and sum_error <= MAX_SUM_ERROR, found
 

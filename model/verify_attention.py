@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.checks import Found
+from model.checks import Found, difference, largest
 from model.export_decoder import ATTENTION_GRAPH
 from model.transformer import LanguageModel
 from service.worker.bundle import Bundle
@@ -34,17 +34,16 @@ def reference(model: LanguageModel, ids: Ids) -> Floats:
 def attention(bundle: Bundle, model: LanguageModel, texts: Sequence[Ids], decoded: Callable[[Ids], Floats]) -> Found:
     """Weights against the module's; logits (T, V) must be the bits that the first graph has `decoded`."""
     session = Session(bundle.graph_path(ATTENTION_GRAPH), bundle.graph(ATTENTION_GRAPH))
-    difference = moved = from_one = from_decoded = 0.0
+    gaps = []
     for ids in texts:
         told = np.ones(len(bundle.graph(ATTENTION_GRAPH).outputs) - 1, np.int64)
         logits, *weights = session.run({"ids": np.array([ids]), "keep": np.arange(len(ids)), "told": told})
         ours, theirs = np.concatenate(weights), reference(model, ids)
-        difference = max(difference, float(np.abs(ours - theirs).max()))
-        moved = max(moved, float(np.abs(ours - theirs).sum(-1).mean()) / 2)
-        from_one = max(from_one, float(np.abs(ours.sum(-1) - 1).max()))
-        from_decoded = max(from_decoded, float(np.abs(logits[0] - decoded(ids)).max()))
-    is_near = difference <= MAX_DIFFERENCE if bundle.manifest.precision == "float32" else moved <= MAX_MOVED
+        moved = float(np.abs(ours - theirs).sum(-1).mean()) / 2
+        gaps.append((difference(ours, theirs), moved, difference(ours.sum(-1), 1), difference(logits[0], decoded(ids))))
+    furthest, moved, from_one, from_decoded = map(largest, zip(*gaps, strict=True))
+    is_near = furthest <= MAX_DIFFERENCE if bundle.manifest.precision == "float32" else moved <= MAX_MOVED
     return is_near and from_one <= MAX_FROM_ONE and not from_decoded, (
-        f"largest difference {difference:.2e}, {moved:.2%} of a row elsewhere, rows sum to 1 to {from_one:.0e}; "
+        f"largest difference {furthest:.2e}, {moved:.2%} of a row elsewhere, rows sum to 1 to {from_one:.0e}; "
         f"logits differ from the first graph's by {from_decoded:.0e}"
     )

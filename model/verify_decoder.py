@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from model import decoder_attention_graph, decoder_graph
-from model.checks import Check, Found, Report, checked, difference, error
+from model.checks import Check, Found, Report, checked, difference, error, largest
 from model.commands import run
 from model.config import ModelConfig
 from model.export_decoder import ATTENTION_GRAPH, GRAPH, SMOOTHING_FILE, WEIGHTS_FILE, tensors_of
@@ -181,7 +181,7 @@ def batched_alone(subject: Subject) -> Found:
     wrong = []
     for name, (engine, rows) in tried.items():
         together = np.stack(decoded(engine, prompts[rows], tokens[:, rows]), axis=1)  # (rows, steps, V)
-        gap = max(difference(a, b) for a, b in zip(together, alone[rows], strict=True))
+        gap = largest(difference(a, b) for a, b in zip(together, alone[rows], strict=True))
         wrong += [f"{name}: largest difference {gap:.2e}"] if gap else []
     return not wrong, "; ".join(
         wrong

@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 
-from model.checks import error
+from model.checks import difference, error, largest
 
 ROWS = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
 NOISE = np.random.default_rng(1).normal(size=ROWS.shape).astype(np.float32)
+
+
+def test_no_number_is_the_largest_of_all() -> None:
+    assert np.isnan(largest([1.0, float("nan"), 2.0]))
+    assert np.isnan(difference(np.array([0, np.nan], np.float32), np.zeros(2, np.float32)))
+    assert largest(iter([1.0, 3.0, 2.0])) == 3
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,15 @@ def test_a_second_graph_that_computes_something_else_is_found(bundle: Path) -> N
     assert failed(verified(bundle)) == {"attention"}
 
 
+def test_weights_that_are_no_numbers_are_found(bundle: Path) -> None:
+    def spoil(graph: onnx.ModelProto) -> None:
+        for output in graph.graph.output[1:]:
+            multiply_output(graph, output.name, float("nan"))
+
+    change_graph(bundle, spoil, "attention.onnx")
+    assert failed(verified(bundle)) == {"attention"}
+
+
 def test_another_size_in_the_manifest_is_found(bundle: Path) -> None:
     change_manifest(bundle, lambda values: values["architecture"].update(rope_theta=5.0))
     assert failed(verified(bundle)) == {"facts"}

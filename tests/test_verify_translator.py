@@ -11,7 +11,7 @@ from model.checks import Report
 from model.pairs import Pair
 from model.translator_weights import WEIGHTS_FILE
 from service.worker.generation.beam_search import BeamSearch
-from tests.tiny import change_graph, change_manifest, sign
+from tests.tiny import change_graph, change_manifest, multiply_output, sign
 from tests.tiny_translator import (
     CONFIG,
     LIMITS,
@@ -123,6 +123,13 @@ def test_a_swapped_head_is_found_in_the_maps_alone(bundle: Path) -> None:
         model.graph.node.append(onnx.helper.make_node("Identity", ["decoder_attention.1"], ["cross_attention.1"]))
 
     change_graph(bundle, swap, "attention.onnx")
+    assert failed(verified(bundle)) == {"attention"}
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_weights_that_are_no_numbers_are_found(tmp_path: Path, precision: str) -> None:
+    bundle = tiny_translation_bundle(tmp_path / "bundle", precision=precision)
+    change_graph(bundle, lambda model: multiply_output(model, "cross_attention.0", float("nan")), "attention.onnx")
     assert failed(verified(bundle)) == {"attention"}
 
 
