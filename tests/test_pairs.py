@@ -91,6 +91,15 @@ def test_parallel_files_are_read_line_by_line(tmp_path: Path) -> None:
         read_parallel(tmp_path / "a.en", tmp_path / "a.de")
 
 
+def test_empty_files_are_no_pair(tmp_path: Path) -> None:
+    for name in ("a.en", "a.de"):
+        (tmp_path / name).write_text("\n" if name == "a.en" else "")
+    with pytest.raises(ValueError, match=r"a\.en and .*a\.de are empty"):
+        read_parallel(tmp_path / "a.en", tmp_path / "a.de")
+    with pytest.raises(ValueError, match=r"a\.en:1: expected a sentence, a tab"):
+        read_pairs(tmp_path / "a.en")
+
+
 def test_a_line_without_a_tab_is_named(tmp_path: Path) -> None:
     path = tmp_path / "pairs.tsv"
     path.write_text("one\teins\ntwo zwei\n")

