@@ -63,8 +63,9 @@ def test_logits_are_those_of_a_fine_tuned_bert(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.eval()(ids, mask), expected, atol=1e-5, rtol=0)
 
 
-def test_hidden_states_are_those_of_mpnet(tmp_path: Path) -> None:
-    theirs = MPNetModel(MPNetConfig(**SIZES, initializer_range=0.3)).eval()
+@pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_new"])
+def test_hidden_states_are_those_of_mpnet(tmp_path: Path, activation: str) -> None:
+    theirs = MPNetModel(MPNetConfig(**SIZES, initializer_range=0.3, hidden_act=activation)).eval()
     theirs.save_pretrained(tmp_path)
     _, ours = load_mpnet(tmp_path, labels=("no", "yes"))
     ids, mask = padded_batch(60, 1)
@@ -108,16 +109,34 @@ def test_the_masked_language_head_is_left_out(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("model_type", "roberta", "model_type is 'roberta'"),
-        ("position_embedding_type", "relative_key", "position_embedding_type 'relative_key' is not supported"),
-        ("hidden_act", "silu", "hidden_act 'silu' is not supported"),
+        ("position_embedding_type", "relative_key", "position_embedding_type is 'relative_key'"),
+        ("hidden_act", "silu", "hidden_act is 'silu'"),
+        ("is_decoder", True, "is_decoder is True"),
+        ("add_cross_attention", True, "add_cross_attention is True"),
     ],
 )
-def test_another_variant_is_refused(tmp_path: Path, key: str, value: str, message: str) -> None:
+def test_another_variant_is_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
     save_bert(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=message):
         load_bert(tmp_path, labels=("no", "yes"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_type", "bert"), ("hidden_act", "silu")])
+def test_another_variant_of_mpnet_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    MPNetModel(MPNetConfig(**SIZES)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=f"{key} is '{value}'"):
+        load_mpnet(tmp_path, labels=("no", "yes"))
+
+
+def test_a_missing_weight_of_mpnet_is_named(tmp_path: Path) -> None:
+    MPNetModel(MPNetConfig(**SIZES)).save_pretrained(tmp_path)
+    edit(tmp_path / "model.safetensors", remove="embeddings.position_embeddings.weight")
+    with pytest.raises(ValueError, match=r"missing weights \['body\.stack\.embedding\.position\.weight'\]"):
+        load_mpnet(tmp_path, labels=("no", "yes"))
 
 
 def test_minilm_is_bert() -> None:

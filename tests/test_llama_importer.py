@@ -115,12 +115,13 @@ def test_refuses_scaled_rotary_positions() -> None:
     ("change", "message"),
     [
         (lambda state: state.pop("model.norm.weight"), r"missing weights \['decoder\.stack\.norm"),
+        (lambda state: state.pop("model.embed_tokens.weight"), r"missing weights \['decoder\.stack\.embedding"),
         (lambda state: state.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(48, 32)}), r"unexpected weights"),
         (lambda state: state.update({"model.surprise": torch.zeros(1)}), r"unexpected weight .*model\.surprise"),
         (lambda state: state.update({"model.norm.weight": torch.ones(31)}), r"misshapen weights .*norm"),
         (lambda state: state.update({"lm_head.weight": torch.ones(97, 32)}), r"ties the embeddings"),
     ],
-    ids=["missing", "one layer more", "unknown", "misshapen", "another head"],
+    ids=["missing", "no embedding", "one layer more", "unknown", "misshapen", "another head"],
 )
 def test_is_strict_about_weights(tmp_path: Path, change: object, message: str) -> None:
     tiny_llama().save_pretrained(tmp_path)

@@ -5,7 +5,6 @@ classification has no use for (the masked-language head, position ids) are named
 gap, is an error.
 """
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.importers.weights import load_strictly, read_safetensors
+from model.importers.weights import Values, load_strictly, read_safetensors
 from model.transformer import Classifier
-from service.worker.weights.checkpoint import rename
+from service.worker.weights.checkpoint import check_variant, rename
 
 UNUSED = re.compile(r"(cls\.|.*position_ids$)")
 NAMES = (
@@ -35,18 +34,18 @@ NAMES = (
     (r"classifier\.", "head."),
 )
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh"}
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "model_type": ("bert",),
+    "hidden_act": tuple(ACTIVATIONS),
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+}
 
 
 def bert_config(values: dict[str, Any], labels: tuple[str, ...]) -> ModelConfig:
     """transformers' BertConfig, as in config.json, with our labels; ValueError for a variant that we do not carry."""
-    if values["model_type"] != "bert":
-        raise ValueError(f"model_type is {values['model_type']!r}, this importer reads 'bert'")
-    if values.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(
-            f"position_embedding_type {values['position_embedding_type']!r} is not supported, only 'absolute'"
-        )
-    if values["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {values['hidden_act']!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    check_variant(values, VARIANTS)
     return ModelConfig(
         kind="encoder",
         vocab_size=values["vocab_size"],
@@ -94,9 +93,9 @@ def load_bert(
     """Builds a Classifier from config.json and model.safetensors.
 
     The head, and the pooler, are taken from the checkpoint if they are there and drawn anew otherwise. Raises
-    ValueError on missing or unexpected weights, and for a variant of BERT that we do not carry.
+    ValueError on missing or unexpected weights or keys, and for a variant of BERT that we do not carry.
     """
-    config = bert_config(json.loads((directory / "config.json").read_text()), labels)
+    config = bert_config(Values(directory / "config.json"), labels)
     if dropout is not None:
         config = replace(config, dropout=dropout, attention_dropout=dropout)
     model = Classifier(config)

@@ -4,7 +4,6 @@ Reads what transformers' GPT2LMHeadModel and GPT2Model save. Their linear layers
 transposed here; queries, keys and values are one matrix there and three here.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.importers.bert import ACTIVATIONS
-from model.importers.weights import load_strictly, read_safetensors, tie_head
+from model.importers.weights import Values, load_strictly, read_safetensors, tie_head
 from model.transformer import LanguageModel
 from service.worker.weights.checkpoint import HEAD, TOKEN, check_variant, rename
 
@@ -86,9 +85,9 @@ def gpt2_state(tensors: dict[str, Tensor], *, is_tied: bool) -> dict[str, Tensor
 def load_gpt2(directory: Path) -> tuple[ModelConfig, LanguageModel]:
     """Builds a LanguageModel from a directory with config.json and model.safetensors, whole or sharded.
 
-    Raises ValueError on an unsupported variant and on missing, unexpected or misshapen weights.
+    Raises ValueError on an unsupported variant, a missing key, and missing, unexpected or misshapen weights.
     """
-    config = gpt2_config(json.loads((directory / "config.json").read_text()))
+    config = gpt2_config(Values(directory / "config.json"))
     model = LanguageModel(config)
     state = gpt2_state(read_safetensors(directory), is_tied=config.tie_embeddings)
     load_strictly(model, state, directory)

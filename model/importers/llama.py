@@ -5,14 +5,13 @@ tensors and is read too. Variants that would compute something else (scaled rota
 width) are refused, not approximated. Names and variants are `service.worker.weights.safetensors_files`'s.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.importers.weights import load_strictly, read_safetensors, tie_head
+from model.importers.weights import Values, load_strictly, read_safetensors, tie_head
 from model.transformer import LanguageModel
 from service.worker.weights.checkpoint import HEAD, TOKEN, rename
 from service.worker.weights.safetensors_files import NAMES, UNUSED, architecture
@@ -34,9 +33,9 @@ def llama_state(tensors: dict[str, Tensor], *, is_tied: bool) -> dict[str, Tenso
 def load_llama(directory: Path) -> tuple[ModelConfig, LanguageModel]:
     """Builds a LanguageModel from a directory with config.json and model.safetensors, whole or sharded.
 
-    Raises ValueError on an unsupported variant and on missing, unexpected or misshapen weights.
+    Raises ValueError on an unsupported variant, a missing key, and missing, unexpected or misshapen weights.
     """
-    config = llama_config(json.loads((directory / "config.json").read_text()))
+    config = llama_config(Values(directory / "config.json"))
     model = LanguageModel(config)
     state = llama_state(read_safetensors(directory), is_tied=config.tie_embeddings)
     load_strictly(model, state, directory)

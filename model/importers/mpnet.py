@@ -4,7 +4,6 @@ Used for the teacher of the sentiment recipe. MPNet numbers positions from 2 (it
 are left out here.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.importers.bert import fresh
-from model.importers.weights import load_strictly, read_safetensors
+from model.importers.bert import ACTIVATIONS, fresh
+from model.importers.weights import Values, load_strictly, read_safetensors
 from model.transformer import Classifier
-from service.worker.weights.checkpoint import rename
+from service.worker.weights.checkpoint import check_variant, rename
 
 FIRST_POSITION = 2
 NAMES = (
@@ -36,8 +35,8 @@ NAMES = (
 
 
 def mpnet_config(values: dict[str, Any], labels: tuple[str, ...]) -> ModelConfig:
-    if values["model_type"] != "mpnet":
-        raise ValueError(f"model_type is {values['model_type']!r}, this importer reads 'mpnet'")
+    """transformers' MPNetConfig, as in config.json, with our labels; ValueError for a variant that we do not carry."""
+    check_variant(values, {"model_type": ("mpnet",), "hidden_act": tuple(ACTIVATIONS)})
     return ModelConfig(
         kind="encoder",
         vocab_size=values["vocab_size"],
@@ -47,6 +46,7 @@ def mpnet_config(values: dict[str, Any], labels: tuple[str, ...]) -> ModelConfig
         feed_forward=values["intermediate_size"],
         max_length=values["max_position_embeddings"] - FIRST_POSITION,
         norm_eps=values["layer_norm_eps"],
+        activation=ACTIVATIONS[values["hidden_act"]],  # type: ignore[arg-type]
         relative_buckets=values["relative_attention_num_buckets"],
         dropout=values["hidden_dropout_prob"],
         attention_dropout=values["attention_probs_dropout_prob"],
@@ -60,14 +60,14 @@ def mpnet_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     kept = {name.removeprefix("mpnet."): tensor for name, tensor in tensors.items() if "position_ids" not in name}
     state = {rename(name, NAMES): tensor for name, tensor in kept.items()}
     position = "body.stack.embedding.position.weight"
-    return state | {position: state[position][FIRST_POSITION:].clone()}
+    return {name: tensor[FIRST_POSITION:].clone() if name == position else tensor for name, tensor in state.items()}
 
 
 def load_mpnet(
     directory: Path, *, labels: tuple[str, ...], dropout: float | None = None
 ) -> tuple[ModelConfig, Classifier]:
     """Builds a Classifier with a fresh head from config.json and model.safetensors; raises ValueError as load_bert."""
-    config = mpnet_config(json.loads((directory / "config.json").read_text()), labels)
+    config = mpnet_config(Values(directory / "config.json"), labels)
     if dropout is not None:
         config = replace(config, dropout=dropout, attention_dropout=dropout)
     model = Classifier(config)
