@@ -141,9 +141,10 @@ async def test_a_full_queue_is_an_error_when_there_is_no_time_to_come_back() -> 
 
 def test_an_error_names_the_line() -> None:
     line = Line("line 7", "Hi.")
-    error = about(line, TooLarge("sentence 2 of prompt.0 has 83 tokens", param="prompt.0", code="too_many_tokens"))
-    assert (type(error), error.message) == (TooLarge, "sentence 2 of line 7 has 83 tokens")
-    assert error.code == "too_many_tokens"
+    for name in ("prompt", "prompt.0"):
+        error = about(line, TooLarge(f"sentence 2 of {name} has 83 tokens", param=name, code="too_many_tokens"))
+        assert (type(error), error.message) == (TooLarge, "sentence 2 of line 7 has 83 tokens")
+        assert error.code == "too_many_tokens"
     assert str(about(line, Overloaded("the queue is full"))) == "line 7: the queue is full"
 
 

@@ -53,21 +53,34 @@ INPUT = "input.{} has 52 tokens, the limit is 12; set truncate to true to cut it
 
 
 @pytest.mark.parametrize(
-    ("inputs", "at", "named"),
+    ("inputs", "at", "place"),
     [
-        ("a", 0, "inputs"),
-        ({"text": "a", "text_pair": "b"}, 0, "inputs"),
-        (["a"], 0, "inputs.0"),
-        (["a"] * 3, 2, "inputs.2"),
+        ("a", 0, ""),
+        ({"text": "a", "text_pair": "b"}, 0, ""),
+        (["a"], 0, ""),
+        (["a"] * 3, 2, ".2"),
     ],
 )
 async def test_a_text_to_classify_has_the_callers_name(
-    served: wire.Served, inputs: object, at: int, named: str
+    served: wire.Served, inputs: object, at: int, place: str
 ) -> None:
     served.backend.error = TooLarge(INPUT.format(at), param=f"input.{at}", code="too_many_tokens")
     reply = await wire.ask(served.port, "POST", "/", orjson.dumps({"inputs": inputs}))
-    message = f"{named} has 52 tokens, the limit is 12; set parameters.truncation to true to cut it"
+    message = f"inputs{place} has 52 tokens, the limit is 12; set parameters.truncation to true to cut it"
     assert (reply.status, reply.json["error"], reply.json["error_type"]) == (413, message, "too_many_tokens")
+    error = (await wire.classify(served.port, orjson.dumps({"input": inputs}))).json["error"]
+    assert error["message"] == f"input{place} has 52 tokens, the limit is 12; set truncate to true to cut it"
+    assert error["param"] == f"input{place}"
+
+
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/completions"])
+@pytest.mark.parametrize(("prompt", "at", "place"), [("a", 0, ""), ([1, 2], 0, ""), (["a"] * 2, 1, ".1")])
+async def test_a_prompt_has_no_number_when_it_is_the_only_one(
+    served: wire.Served, path: str, prompt: object, at: int, place: str
+) -> None:
+    served.backend.error = TooLarge(f"sentence 2 of prompt.{at} has 9 tokens", param=f"prompt.{at}")
+    error = (await wire.ask(served.port, "POST", path, orjson.dumps({"prompt": prompt}))).json["error"]
+    assert (error["message"], error["param"]) == (f"sentence 2 of prompt{place} has 9 tokens", f"prompt{place}")
 
 
 async def test_too_many_texts_to_classify_are_inputs(served: wire.Served) -> None:

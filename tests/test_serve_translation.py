@@ -307,12 +307,12 @@ async def test_as_many_tokens_can_be_written_as_the_source_may_have(served: Serv
         (
             {"prompt": f"A dog. {'X' * 80}. Hi."},
             413,
-            "prompt.0",
-            "sentence 2 of prompt.0 has 83 tokens, the limit is 64",
+            "prompt",
+            "sentence 2 of prompt has 83 tokens, the limit is 64",
         ),
         ({"prompt": ["Hi.", "\n"]}, 422, "prompt.1", "prompt.1 has nothing to translate"),
-        ({"prompt": [[]]}, 422, "prompt.0", "prompt.0 has no tokens, at least one is needed"),
-        ({"prompt": "Hi. " * 129}, 413, "prompt.0", "prompt.0 brings more than 128 sentences"),
+        ({"prompt": [[]]}, 422, "prompt", "prompt has no tokens, at least one is needed"),
+        ({"prompt": "Hi. " * 129}, 413, "prompt", "prompt brings more than 128 sentences"),
         ({"prompt": "Hi.", "echo": True}, 501, "echo", "echo: the tokens of a source have no log-probabilities"),
         ({"prompt": "Hi.", "min_tokens": 65, "max_tokens": 90}, 413, "min_tokens", "leave room for 64"),
         (

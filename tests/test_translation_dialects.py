@@ -44,7 +44,7 @@ async def post(running: Running, path: str, **fields: Any) -> Reply:
     ("inputs", "status", "message"),
     [
         ("", 422, "inputs has nothing to translate"),
-        ([""], 422, "inputs.0 has nothing to translate"),
+        ([""], 422, "inputs has nothing to translate"),
         (["Hi.", " "], 422, "inputs.1 has nothing to translate"),
         (LONG, 413, "sentence 2 of inputs has 83 tokens, the limit is 64"),
         (["Hi.", LONG], 413, "sentence 2 of inputs.1 has 83 tokens, the limit is 64"),

@@ -64,8 +64,8 @@ def test_an_unknown_field_is_named_without_its_value():
         ({"input": None}, "input", "expected a string", "got None"),
         ({"input": ["a", 7]}, "input.1", "", "got 7"),
         ({"input": ["a", {"text": 7}]}, "input.1.text", "valid string", "got 7"),
-        ({"input": {"text": "a", "text_pair": 7}}, "input.0.text_pair", "valid string", "got 7"),
-        ({"input": {"text_pair": "b"}}, "input.0.text", "required", ""),
+        ({"input": {"text": "a", "text_pair": 7}}, "input.text_pair", "valid string", "got 7"),
+        ({"input": {"text_pair": "b"}}, "input.text", "required", ""),
         ({"input": [["a", "b"]]}, "input.0", "", "got ['a', 'b']"),
     ],
 )

@@ -5,6 +5,7 @@ of those that are under way together. Knows neither what is asked nor what is to
 """
 
 import asyncio
+import re
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
@@ -15,6 +16,8 @@ from service.domain import Call
 from service.errors import AttndError, Overloaded
 
 SHORTEST_WAIT_SECONDS = 0.1  # until a full queue is tried again, even if the server would have it sooner
+
+_PROMPT = re.compile(r"\bprompt(\.0)?\b")  # as a server calls it, or a model in this process
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -77,6 +80,6 @@ async def patiently(ask: Callable[[Call], Awaitable[Answer]], call: Call) -> Ans
 
 def about(line: Line, error: AttndError) -> AttndError:
     """The `error` of a request whose only prompt is `line`, in terms of whoever wrote it."""
-    named = error.message.replace("prompt.0", line.place)
+    named = _PROMPT.sub(lambda _: line.place, error.message, count=1)
     message = named if named != error.message else f"{line.place}: {error.message}"
     return type(error)(message, param=error.param, code=error.code)

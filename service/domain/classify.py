@@ -3,7 +3,7 @@
 from dataclasses import dataclass as plain
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic.dataclasses import dataclass
 
 from service.domain.call import Timing
@@ -29,6 +29,9 @@ class TextInput:
     text_pair: str | None = None
 
 
+_ONE = TypeAdapter(TextInput)
+
+
 def _as_input(value: Any) -> Any:
     return {"text": value} if isinstance(value, str) else value
 
@@ -39,12 +42,13 @@ def check_num_inputs(number: int) -> None:
         raise TooLarge(f"input: at most {MAX_INPUTS} inputs a request, got {number}", param="input")
 
 
-def _one_or_many(value: Any) -> Any:
+def _one_or_many(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """What is wrong with one that is sent by itself has no number in its path."""
     if isinstance(value, (list, tuple)):
         check_num_inputs(len(value))
-        return tuple(_as_input(item) for item in value)
+        return read(tuple(_as_input(item) for item in value))
     if isinstance(value, (str, dict, TextInput)):
-        return (_as_input(value),)
+        return (_ONE.validate_python(_as_input(value), strict=False),)
     raise ValueError('expected a string, {"text", "text_pair"}, or a list of those')
 
 
@@ -52,7 +56,7 @@ Inputs = Annotated[
     tuple[TextInput, ...],
     # Stops at the first bad input: a body of a million of them must not cost a million error records.
     Field(min_length=1, strict=False, fail_fast=True),
-    BeforeValidator(_one_or_many, json_schema_input_type=str | TextInput | list[str | TextInput]),
+    WrapValidator(_one_or_many, json_schema_input_type=str | TextInput | list[str | TextInput]),
 ]
 
 

@@ -17,6 +17,15 @@ SAME: Names = {}
 FIELD_ERRORS = (InvalidRequest, TooLarge, Unsupported)  # which tell of a field, if any do
 
 
+def names_of_items(field: str, number: int, sent: str | None = None) -> dict[str, str]:
+    """Of a `field` that counts its items, and the caller's name of it, if another.
+
+    Of one item only, which may have been sent by itself, the number is not told.
+    """
+    name = field if sent is None else sent
+    return {field: name, f"{field}.0": name} if number == 1 else {field: name}
+
+
 def told_as(names: Names, error: FieldError) -> FieldError:
     """`error` with the caller's names in its param and its message."""
     if not names:

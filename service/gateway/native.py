@@ -27,7 +27,7 @@ from service.errors import NotFound
 from service.gateway import sse
 from service.gateway.bodies import body_model, generate_request, read
 from service.gateway.generation import Asked, Output, Transcript
-from service.gateway.names import SAME, Names
+from service.gateway.names import Names, names_of_items
 from service.validation import invalid
 
 _CLASSIFY = TypeAdapter(ClassifyRequest)
@@ -84,9 +84,10 @@ class Generation:
 def parse(body: bytes, _path: Mapping[str, Any]) -> tuple[ClassifyRequest, Names]:
     """Raises InvalidRequest."""
     try:
-        return _CLASSIFY.validate_json(body), SAME
+        request = _CLASSIFY.validate_json(body)
     except ValidationError as error:
         raise invalid(error) from None
+    return request, names_of_items("input", len(request.input))
 
 
 def render(result: Classification) -> bytes:
@@ -101,7 +102,8 @@ def parse_generate(body: bytes, _path: Mapping[str, Any]) -> Asked:
         sent: Any = read(GenerateBody, body)
         request = generate_request({name: getattr(sent, name) for name in sent.model_fields_set if name != "stream"})
         is_stream = sent.stream
-    return Asked(request, is_stream, partial(NativeAnswer, request))
+    names = names_of_items("prompt", len(request.prompt or ()))
+    return Asked(request, is_stream, partial(NativeAnswer, request), names)
 
 
 class NativeAnswer:

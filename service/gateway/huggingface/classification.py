@@ -3,16 +3,16 @@ client takes the first. A list of inputs is a batch.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import orjson
-from pydantic import ConfigDict, TypeAdapter, ValidationError, WrapValidator
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from service.domain import Classification, ClassifyRequest, FunctionToApply, Inputs, TopK
 from service.errors import TooLarge
-from service.gateway.huggingface.fields import names_of_inputs, names_under, told_if_list
-from service.gateway.names import Names, told_as
+from service.gateway.huggingface.fields import names_under
+from service.gateway.names import Names, names_of_items, told_as
 from service.validation import invalid
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -32,7 +32,7 @@ class Parameters:
 class HuggingFaceRequest:
     """`options` (use_cache, wait_for_model) are taken and mean nothing here."""
 
-    inputs: Annotated[Inputs, WrapValidator(told_if_list)]
+    inputs: Inputs
     parameters: Parameters | None = None
     options: dict[str, Any] | None = None
 
@@ -44,20 +44,19 @@ def parse(body: bytes, path: Mapping[str, Any]) -> tuple[ClassifyRequest, Names]
     """Raises InvalidRequest and TooLarge."""
     try:
         asked: Any = _REQUEST.validate_json(body)
-        inputs, is_list = asked.inputs
         parameters = asked.parameters or Parameters()
         request = ClassifyRequest(
-            input=inputs,
+            input=asked.inputs,
             model=path.get("model_id"),
             top_k=parameters.top_k,
             function_to_apply=parameters.function_to_apply,
             truncate=parameters.truncation,
         )
-        return request, _NAMES | names_of_inputs("input", is_list=is_list)
+        return request, _NAMES | names_of_items("input", len(asked.inputs), "inputs")
     except ValidationError as error:
         raise invalid(error) from None
     except TooLarge as error:  # of a list; how long it may be is the request's rule
-        raise told_as(names_of_inputs("input", is_list=True), error) from None
+        raise told_as({"input": "inputs"}, error) from None
 
 
 def render(result: Classification) -> bytes:

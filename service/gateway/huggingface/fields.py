@@ -6,8 +6,6 @@ And what callers of every task call the fields of a request, which is what error
 from collections.abc import Collection
 from typing import Any, get_type_hints
 
-from pydantic import ValidatorFunctionWrapHandler
-
 from service.domain import GenerateRequest
 from service.errors import Unsupported
 from service.gateway.bodies import given
@@ -39,16 +37,6 @@ def common_values(sent: Any) -> dict[str, Any]:
     else:
         values = {name: value for name, value in values.items() if name not in SAMPLING} | {"temperature": 0.0}
     return values if sent.max_new_tokens is None else values | {"max_tokens": sent.max_new_tokens}
-
-
-def told_if_list(value: Any, read: ValidatorFunctionWrapHandler) -> tuple[Any, bool]:
-    """For a WrapValidator of `inputs`: what `read` makes of them, and whether it was a list that was sent."""
-    return read(value), isinstance(value, list)
-
-
-def names_of_inputs(field: str, *, is_list: bool) -> dict[str, str]:
-    """Of a request's `field` with the inputs, which counts them, as a caller does who sends a list only."""
-    return {field: "inputs"} if is_list else {field: "inputs", f"{field}.0": "inputs"}
 
 
 def names_under(path: str, same: Collection[str], **renamed: str) -> dict[str, str]:

@@ -16,7 +16,8 @@ from service.domain import MAX_LOGPROBS, End, Event, Finish, FinishReason, Gener
 from service.gateway import sse
 from service.gateway.bodies import body_model, generate_request, given, read
 from service.gateway.generation import Asked, Transcript
-from service.gateway.huggingface.fields import COMMON, TAKEN, common_values, names_of_inputs, names_under, refuse
+from service.gateway.huggingface.fields import COMMON, TAKEN, common_values, names_under, refuse
+from service.gateway.names import names_of_items
 
 _OWN = ("frequency_penalty", "stop")
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -28,7 +29,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "watermark": (False,),
 }
 _RENAMED = {"max_new_tokens": "max_tokens", "top_n_tokens": "logprobs", "decoder_input_details": "echo"}
-_NAMES = names_under("parameters", (*TAKEN, *_OWN), **_RENAMED) | names_of_inputs("prompt", is_list=False)
+_NAMES = names_under("parameters", (*TAKEN, *_OWN), **_RENAMED) | names_of_items("prompt", 1, "inputs")
 
 TextGenerationParameters = body_model(
     "TextGenerationParameters",

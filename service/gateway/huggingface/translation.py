@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import orjson
-from pydantic import BeforeValidator, Field, WrapValidator
+from pydantic import BeforeValidator, Field
 
 from service.domain import Event
 from service.errors import InvalidRequest
@@ -16,12 +16,11 @@ from service.gateway.huggingface.fields import (
     SAMPLING,
     TAKEN,
     common_values,
-    names_of_inputs,
     names_under,
     refuse,
     renamed,
-    told_if_list,
 )
+from service.gateway.names import names_of_items
 
 # What callers call the languages, without a script or a country ("eng_Latn", "de-AT"); it is English to German here.
 _LANGUAGES: Mapping[str, frozenset[str]] = {
@@ -47,7 +46,6 @@ Texts = Annotated[
     tuple[str, ...],
     Field(min_length=1, fail_fast=True),
     BeforeValidator(_texts, json_schema_input_type=str | Annotated[list[str], Field(min_length=1)]),
-    WrapValidator(told_if_list),
 ]
 
 GenerateParameters = body_model(
@@ -98,9 +96,8 @@ def parse(body: bytes, model: str) -> Asked:
     _check_search(asked, values["temperature"])
     if asked.min_new_tokens is not None:
         values["min_tokens"] = asked.min_new_tokens
-    texts, is_list = sent.inputs
-    names = _NAMES | names_of_inputs("prompt", is_list=is_list)
-    request = generate_request(values | {"prompt": texts, "model": model}, names)
+    names = _NAMES | names_of_items("prompt", len(sent.inputs), "inputs")
+    request = generate_request(values | {"prompt": sent.inputs, "model": model}, names)
     return Asked(request, False, lambda _: TranslationAnswer(), names)
 
 

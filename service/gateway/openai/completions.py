@@ -23,6 +23,7 @@ from service.domain import (
 from service.errors import InvalidRequest, Unsupported
 from service.gateway.bodies import body_model, generate_request, read
 from service.gateway.generation import Asked, Output, Transcript
+from service.gateway.names import names_of_items
 from service.gateway.openai.chunks import Chunks, UsageObject, now, usage_object
 from service.gateway.openai.fields import COMMON, TAKEN, StreamOptions, anything, common_values
 from service.gateway.openai.offsets import Offsets, prompt_offsets
@@ -91,7 +92,8 @@ def parse(body: bytes, _path: Mapping[str, Any]) -> Asked:
     }
     request = generate_request(values | own)
     answer = partial(CompletionAnswer, request, bool(sent.echo), sent.stream_options)
-    return Asked(request, bool(sent.stream), answer, says_prompt=bool(sent.echo) and not request.echo)
+    names = names_of_items("prompt", len(sent.prompt))
+    return Asked(request, bool(sent.stream), answer, names, says_prompt=bool(sent.echo) and not request.echo)
 
 
 class CompletionAnswer:
