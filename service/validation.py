@@ -33,9 +33,11 @@ def invalid(error: ValidationError) -> InvalidRequest:
         )
     path = _path(first["loc"])
     where = path or "the body"
-    reason = _TUPLE.sub("list", first["msg"]).removeprefix("Value error, ").replace(" after validation", "")
+    is_empty = first["type"] == "too_short"  # no list has another least length than one
+    reason = "at least one is needed, got none" if is_empty else _TUPLE.sub("list", first["msg"])
+    reason = reason.removeprefix("Value error, ").replace(" after validation", "")
     # A list whose only item failed is also "too short": one problem, not two.
     others = [other for other in others if other["loc"] != first["loc"][: len(other["loc"])]]
     more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''})" if others else ""
-    got = "" if first["type"] in _SAYS_ALL or not path else f", got {_shown(first['input'])}"
+    got = "" if is_empty or first["type"] in _SAYS_ALL or not path else f", got {_shown(first['input'])}"
     return InvalidRequest(f"{where}: {reason[0].lower()}{reason[1:]}{got}{more}", param=path or None)

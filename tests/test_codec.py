@@ -233,7 +233,7 @@ def test_an_unset_field_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("message", "param", "words"),
     [
-        (pb.ClassifyRequest(), "input", "at least 1"),
+        (pb.ClassifyRequest(), "input", "^input: at least one is needed, got none$"),
         (pb.ClassifyRequest(inputs=[pb.TextInput(text="a")], top_k=0), "top_k", "greater than or equal to 1, got 0"),
         (pb.ClassifyRequest(inputs=[pb.TextInput(text="a")], top_k=2**31), "top_k", "less than or equal to 2147483647"),
         (pb.ClassifyRequest(inputs=[pb.TextInput(text="a")], model="m" * 129), "model", "at most 128"),

@@ -99,9 +99,10 @@ async def test_the_path_names_the_model(served: wire.Served) -> None:
 
 
 async def test_options_and_truncation_are_known(served: wire.Served) -> None:
-    body = {"inputs": "a", "parameters": {"truncation": False}, "options": {"wait_for_model": True}}
-    assert (await ask(served.port, "POST", "/", orjson.dumps(body))).status == 200
-    assert served.backend.requests[0].truncate is False
+    for given, truncate in ((False, False), (True, True), (None, True)):
+        body = {"inputs": "a", "parameters": {"truncation": given}, "options": {"wait_for_model": True}}
+        assert (await ask(served.port, "POST", "/", orjson.dumps(body))).status == 200
+        assert served.backend.requests[-1].truncate is truncate
 
 
 @pytest.mark.parametrize(

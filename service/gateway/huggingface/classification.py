@@ -25,7 +25,7 @@ class Parameters:
 
     top_k: TopK | None = None
     function_to_apply: FunctionToApply | None = None
-    truncation: bool = True
+    truncation: bool | None = True
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -50,7 +50,7 @@ def parse(body: bytes, path: Mapping[str, Any]) -> tuple[ClassifyRequest, Names]
             model=path.get("model_id"),
             top_k=parameters.top_k,
             function_to_apply=parameters.function_to_apply,
-            truncate=parameters.truncation,
+            truncate=parameters.truncation is not False,
         )
         return request, _NAMES | names_of_items("input", len(asked.inputs), "inputs")
     except ValidationError as error:
