@@ -3,7 +3,29 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+SIZES = (
+    "vocab_size",
+    "width",
+    "num_heads",
+    "num_kv_heads",
+    "num_layers",
+    "num_decoder_layers",
+    "feed_forward",
+    "max_length",
+)
+
+
+def check_choices(config: "DataclassInstance") -> None:
+    """Raises ValueError for a field whose Literal type does not have its value."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{name} is {value!r}, known are {', '.join(map(repr, get_args(kind)))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +66,14 @@ class ModelConfig:
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        for name in SIZES:
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}, at least 1 is needed")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 0 and below 1")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.kv_heads:

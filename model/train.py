@@ -23,7 +23,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model.config import ModelConfig
+from model.config import ModelConfig, check_choices
 from model.curve import Metrics, MetricsFile, plot
 from model.data import Batch, Batches, digest
 from model.optimizer import depth, learning_rate_scale, parameter_groups
@@ -60,10 +60,13 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of the gradient
     average: float = 0.0  # decay of the moving average of the weights each time it moves; 0: no average
     average_every: int = 10  # updates between two moves
-    precision: str = "float32"  # "bfloat16": matrices in bfloat16, weights and sums in float32 (autocast)
+    precision: Literal["float32", "bfloat16"] = "float32"  # "bfloat16": of matrices, weights and sums stay (autocast)
     seed: int = 0
     evaluate_every: int = 500  # updates
     save_every: int = 500  # updates
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     @classmethod
     def from_json(cls, text: str) -> "TrainConfig":

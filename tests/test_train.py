@@ -184,6 +184,12 @@ def test_a_state_that_does_not_know_a_newer_field_has_its_default(tmp_path: Path
     assert run.step == 7
 
 
+@pytest.mark.parametrize(("name", "value"), [("schedule", "cosine"), ("precision", "float8")])
+def test_an_unknown_choice_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is '{value}', known are"):
+        replace(SCHEDULE, **{name: value})
+
+
 def test_schedule_grows_then_falls_to_zero() -> None:
     scale = [learning_rate_scale(step, total=10, warmup=4) for step in range(11)]
     assert scale == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0])

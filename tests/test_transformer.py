@@ -4,6 +4,7 @@ weights.
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -471,9 +472,20 @@ def test_config_survives_json(style: str) -> None:
         ({"num_heads": 5}, "width 32 is not a multiple of num_heads 5"),
         ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"num_labels": 2, "labels": ("one",)}, "1 labels named, num_labels is 2"),
+        ({"kind": "foo"}, "kind is 'foo', known are 'encoder', 'decoder', 'encoder-decoder'"),
+        ({"norm": "layre"}, "norm is 'layre', known are 'layer', 'rms'"),
+        ({"norm_order": "Pre"}, "norm_order is 'Pre'"),
+        ({"positions": "alibi"}, "positions is 'alibi'"),
+        ({"activation": "silu"}, "activation is 'silu'"),
+        ({"pooling": "max"}, "pooling is 'max'"),
+        ({"num_heads": 0}, "num_heads is 0, at least 1 is needed"),
+        ({"num_kv_heads": 0}, "num_kv_heads is 0"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0, it must be at least 0 and below 1"),
+        ({"attention_dropout": -0.1}, "attention_dropout is -0.1"),
     ],
 )
-def test_config_refuses_what_cannot_be_built(changes: dict[str, int], message: str) -> None:
+def test_config_refuses_what_cannot_be_built(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **changes)
 
