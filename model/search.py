@@ -98,6 +98,6 @@ def beam(
     model: EncoderDecoder, source: Tensor, mask: Tensor | None, *, num_beams: int = 5, length_penalty: float = 1.0
 ) -> list[list[int]]:
     """The best hypothesis of each source, without the end token: a Search for `translate`."""
-    new = longest(source, mask)
+    new = longest(source, mask, most=model.max_length - 1)
     found = beam_search(model, source, mask, num_beams=num_beams, max_new=new, length_penalty=length_penalty)
     return [until_end(hypotheses[0].ids) for hypotheses in found]

@@ -469,6 +469,7 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.max_length = config.max_length
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, has_cross=True)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)

@@ -61,7 +61,7 @@ def asked(engine: TranslatorEngine, source: Tensor, mask: Tensor | None) -> list
     """Each source as it is without padding, and how many tokens may be written of it."""
     lengths = [source.size(1)] * len(source) if mask is None else mask.bool().sum(1).tolist()
     sources = [ids[:length].tolist() for ids, length in zip(source, lengths, strict=True)]
-    return list(zip(sources, [min(limit, engine.max_tokens - 1) for limit in longest(source, mask)], strict=True))
+    return list(zip(sources, longest(source, mask, most=engine.max_tokens - 1), strict=True))
 
 
 def served(engine: TranslatorEngine, _: EncoderDecoder, source: Tensor, mask: Tensor | None) -> list[list[int]]:

@@ -13,8 +13,9 @@ from model.data import pad
 from model.search import Hypothesis, beam, beam_search
 from model.subwords import END_ID, START_ID, load_subwords, train_subwords
 from model.transformer import EncoderDecoder
-from model.translate import greedy, translate
+from model.translate import Search, greedy, translate
 from tests.tiny_translation import CONFIG, tiny_translator
+from tests.tiny_translator import seeded_translator, subwords
 
 SOURCES = [[5, 6, 7, 8, END_ID], [9, END_ID], [10, 11, 12, END_ID]]
 
@@ -53,6 +54,23 @@ def test_one_beam_is_greedy(seed: int) -> None:
     model = tiny_translator(seed=seed, sharpness=2).eval()
     source, mask = pad(SOURCES, 0)
     assert beam(model, source, mask, num_beams=1) == greedy(model, source, mask)
+
+
+@pytest.mark.parametrize("search", [greedy, beam])
+def test_a_translation_that_does_not_end_stays_within_the_model(search: Search) -> None:
+    model = tiny_translator().eval()
+    model.head.weight.data[END_ID] = 0
+    source = torch.randint(3, 40, (1, CONFIG.max_length))
+    (ids,) = search(model, source, None)
+    assert len(ids) == CONFIG.max_length - 1
+
+
+def test_a_text_of_more_tokens_than_the_model_reads_is_refused() -> None:
+    model, tokenizer = seeded_translator(), subwords()
+    text = "a" * (CONFIG.max_length - 1)
+    assert len(translate(model, tokenizer, [text])) == 1
+    with pytest.raises(ValueError, match=r"a text has 66 tokens, the model reads 64"):
+        translate(model, tokenizer, ["b", text + "aa"])
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
