@@ -237,6 +237,13 @@ async def test_openapi_describes_what_is_there(served: wire.Served) -> None:
         "object",
         "array",
     }
+    for path, asked in described["paths"].items():
+        for operation in asked.values():
+            replies = operation["responses"]
+            assert all(reply["schema"] for reply in replies["200"].get("content", {}).values()), path
+            needs_key = path not in ("/health", "/healthz", "/readyz", "/metrics")
+            assert ("401" in replies, "503" in replies) == (needs_key, path not in ("/healthz", "/metrics")), path
+    assert set(described["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
     generated = described["paths"]["/v1/generate"]["post"]
     assert generated["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/GenerateBody")
     assert set(generated["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import orjson
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from service.domain import (
     Classification,
@@ -79,6 +79,21 @@ class Generation:
     prompt_logprobs: list[list[LogprobObject]] | None
     usage: GenerateUsage
     timing: GenerateTiming
+
+
+class ModelObject(BaseModel, extra="allow"):
+    """OpenAI's model object; what the manifest knows of the model is there beside it."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    task: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelObject]
 
 
 def parse(body: bytes, _path: Mapping[str, Any]) -> tuple[ClassifyRequest, Names]:
@@ -165,7 +180,7 @@ def _prompt_logprobs(tokens: tuple[TokenLogprob, ...]) -> list[LogprobObject]:
 
 
 def model_object(info: ModelInfo) -> dict[str, Any]:
-    """OpenAI's model object, and what the manifest knows beside it."""
+    """A ModelObject. No model of it is made, since nothing is to be validated."""
     base = {"id": info.id, "object": "model", "created": info.created, "owned_by": "attnd", "task": info.task}
     return base | info.facts | base  # in this order, and no fact in the place of a field
 

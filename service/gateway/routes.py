@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 
 import orjson
 from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
@@ -22,7 +23,7 @@ from service.gateway.endpoint import ClassifyEndpoint, Entrance
 from service.gateway.errors import ErrorBody, HuggingFaceErrorBody
 from service.gateway.generation import GenerateEndpoint
 from service.gateway.huggingface.classification import HuggingFaceRequest
-from service.gateway.huggingface.endpoint import PipelineEndpoint, endpoint_info
+from service.gateway.huggingface.endpoint import EndpointInfo, PipelineEndpoint, endpoint_info
 from service.gateway.huggingface.text_generation import GeneratedText, TextGenerationBody
 from service.gateway.huggingface.translation import Translation, TranslationBody
 from service.gateway.middleware import HEADERS
@@ -106,7 +107,7 @@ def add_status_routes(app: FastAPI, backend: Observed, door: Door, metrics: Metr
         door.check_open()
         return {"status": "ready", "models": [info.id for info in await backend.models()]}
 
-    @app.get("/metrics", tags=["status"], summary="Metrics for Prometheus", response_class=Response)
+    @app.get("/metrics", tags=["status"], summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def exposition() -> Response:
         body, content_type = metrics.render()
         return Response(body, headers={"content-type": content_type})
@@ -154,11 +155,23 @@ def add_native_routes(app: FastAPI, entrance: Entrance) -> None:
         **about,
     )
 
-    @app.get("/v1/models", summary="The served models", responses=_errors(401, 503), **about)
+    @app.get(
+        "/v1/models",
+        summary="The served models",
+        response_model=native.ModelList,
+        responses=_errors(401, 503),
+        **about,
+    )
     async def models() -> Response:
         return _json(native.model_list(await entrance.backend.models()))
 
-    @app.get("/v1/models/{model_id:path}", summary="One model", responses=_errors(401, 404, 503), **about)
+    @app.get(
+        "/v1/models/{model_id:path}",
+        summary="One model",
+        response_model=native.ModelObject,
+        responses=_errors(401, 404, 503),
+        **about,
+    )
     async def model(model_id: str) -> Response:
         return _json(native.model_object(native.find_model(await entrance.backend.models(), model_id)))
 
@@ -199,11 +212,23 @@ def add_huggingface_routes(app: FastAPI, entrance: Entrance, max_inputs: int) ->
         summary = "Label, translate or continue a text: what the model is for"
         _add_endpoint(app, path, endpoint, signature, summary=summary, responses=errors | _STREAM, **about)
 
-    @app.get("/info", summary="What is served here", **about)
+    @app.get(
+        "/info",
+        summary="What is served here",
+        response_model=EndpointInfo,
+        responses=_errors(401, 503, body=HuggingFaceErrorBody),
+        **about,
+    )
     async def info() -> Response:
         return _json(endpoint_info(await entrance.backend.models(), version("attnd"), max_inputs))
 
-    @app.get("/health", summary="200 when it can serve", tags=["Hugging Face"])
+    @app.get(
+        "/health",
+        summary="200 when it can serve",
+        tags=["Hugging Face"],
+        response_class=Response,
+        responses=_errors(503, body=HuggingFaceErrorBody),
+    )
     async def health() -> Response:
         entrance.door.check_open()
         await entrance.backend.models()

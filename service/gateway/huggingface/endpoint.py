@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from service.domain import ModelInfo
 from service.errors import AttndError
@@ -56,12 +56,18 @@ def _refuse(error: AttndError, *_: object) -> NoReturn:
     raise error
 
 
-def endpoint_info(models: Sequence[ModelInfo], version: str, max_inputs: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EndpointInfo:
     """What `InferenceClient.get_endpoint_info` asks for, under the names that text-embeddings-inference uses."""
+
+    model_id: str | None
+    model_pipeline_tag: str | None
+    max_client_batch_size: int
+    version: str
+
+
+def endpoint_info(models: Sequence[ModelInfo], version: str, max_inputs: int) -> EndpointInfo:
     model = next((model for task in PIPELINES for model in models if model.task == task), None)
-    return {
-        "model_id": None if model is None else model.id,
-        "model_pipeline_tag": None if model is None else PIPELINES[model.task],
-        "max_client_batch_size": max_inputs,
-        "version": version,
-    }
+    if model is None:
+        return EndpointInfo(None, None, max_inputs, version)
+    return EndpointInfo(model.id, PIPELINES[model.task], max_inputs, version)
