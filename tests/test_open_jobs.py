@@ -33,17 +33,22 @@ def open_jobs(*, num_threads: int, max_waiting: int) -> OpenJobs:
     return jobs
 
 
-def finish(jobs: OpenJobs, num_inputs: int, seconds: float) -> None:
+def sequences(job: Job, length: int) -> list[Sequence]:
+    return [Sequence(job, index, (1,), None, length) for index in range(job.num_inputs)]
+
+
+def finish(jobs: OpenJobs, num_inputs: int, seconds: float, *, length: int = 8) -> None:
     """A thread has run a batch for so long."""
-    job = Job(num_inputs, Progress(0.0))
-    batch = [Sequence(job, index, (1,), None, 8) for index in range(num_inputs)]
+    batch = sequences(Job(num_inputs, Progress(0.0)), length)
     jobs._publish(Finished(batch, [(0.0,)] * num_inputs, seconds))
 
 
-def refused(jobs: OpenJobs, num_waiting: int) -> float | None:
+def refused(jobs: OpenJobs, num_waiting: int, *, length: int = 8) -> float | None:
     """What the next one is told while so many wait."""
     call = Call("id", "/v1/classify", time.monotonic() + 30)
-    with jobs.admitted(Job(num_waiting, call.progress), call):
+    job = Job(num_waiting, call.progress)
+    with jobs.admitted(job, call):
+        jobs.add(job, sequences(job, length))
         try:
             with jobs.admitted(Job(1, call.progress), call):
                 return None
@@ -58,6 +63,13 @@ async def test_who_is_refused_waits_for_all_threads_together(num_threads: int) -
     for _ in range(5):
         finish(jobs, 4, 0.5)
     assert refused(jobs, 64) == pytest.approx(64 / (8 * num_threads))
+
+
+async def test_what_waits_counts_by_its_tokens() -> None:
+    """64 tokens a second; 8 inputs of 96 wait."""
+    jobs = open_jobs(num_threads=1, max_waiting=8)
+    finish(jobs, 4, 0.5)
+    assert refused(jobs, 8, length=96) == pytest.approx(8 * 96 / 64)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(1e-5, 0.1), (100.0, 30.0)])

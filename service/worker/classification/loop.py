@@ -88,6 +88,12 @@ class EngineLoop:
     def num_waiting(self) -> int:
         return self._scheduler.num_waiting
 
+    @property
+    def num_tokens(self) -> int:
+        """See Scheduler.num_tokens."""
+        with self._threads.has_work:
+            return self._scheduler.num_tokens
+
     def _finish(self, batch: list[Sequence]) -> Finished:
         started = time.monotonic()
         for sequence in batch:

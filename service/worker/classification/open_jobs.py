@@ -35,7 +35,7 @@ class OpenJobs:
         self._metrics = metrics
         self._max_inputs = max_inputs
         self._num_threads = num_threads
-        self._rate = 0.0  # inputs a second lately, of one thread, for Retry-After
+        self._rate = 0.0  # padded tokens a second lately, of one thread, for Retry-After
         self._open: dict[Job, asyncio.Future[None]] = {}
         self._failure: BaseException | None = None
         self._loop = EngineLoop(
@@ -110,7 +110,7 @@ class OpenJobs:
         """How long what waits now will keep all threads busy, between 0.1 and 30 seconds."""
         if not self._rate:
             return 1.0
-        return min(30.0, max(0.1, self._loop.num_waiting / (self._num_threads * self._rate)))
+        return min(30.0, max(0.1, self._loop.num_tokens / (self._num_threads * self._rate)))
 
     def _expired(self, job: Job) -> DeadlineExceeded:
         return DeadlineExceeded(f"the deadline passed after {time.monotonic() - job.progress.begun:.3f} s")
@@ -155,7 +155,7 @@ class OpenJobs:
         metrics.batch_seconds.labels(name).observe(finished.seconds)
         metrics.padded_tokens.labels(name).inc(padded)
         metrics.real_tokens.labels(name).inc(sum(len(sequence.ids) for sequence in finished.batch))
-        rate = num_inputs / max(finished.seconds, 1e-6)
+        rate = padded / max(finished.seconds, 1e-6)
         self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
 
     def _die(self, error: BaseException) -> None:

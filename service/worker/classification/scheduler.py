@@ -67,6 +67,11 @@ class Scheduler:
         self.num_waiting -= job.num_waiting
         job.num_waiting = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Padded tokens that wait; of what is admitted and not added yet they are not known."""
+        return sum(length * len(queue) for length, queue in self._queues.items())
+
     def next_batch(self) -> list[Sequence]:
         """The inputs to run now, all of one padded length; empty when nothing waits."""
         self._drop_closed()
@@ -89,8 +94,7 @@ class Scheduler:
 
     def _most_tokens(self) -> int:
         """The next batch's cap. Were one thread to take all that waits, who comes next would wait for all of it."""
-        num_tokens = sum(length * len(queue) for length, queue in self._queues.items())
-        share = -(-num_tokens // self._num_threads)
+        share = -(-self.num_tokens // self._num_threads)
         return min(self._max_batch_tokens, max(MIN_SHARE_TOKENS, share))
 
     def _drop_closed(self) -> None:
