@@ -26,7 +26,7 @@ from model.data import Row, read_sst2
 from model.packed import INPUT_AXES, PackedClassifier
 from model.quantize import Batch, calibrate, quantize
 from model.tokenization import encode, load_tokenizer
-from model.train import CHECKPOINT_HELP, load_checkpoint
+from model.train import CHECKPOINT_HELP, checkpoint_sha256, load_checkpoint
 from model.verify import verify
 from service.worker.bundle import (
     MANIFEST,
@@ -173,7 +173,7 @@ def manifest(
         graphs=graphs,
         files=files,
         licence=options.licence,
-        provenance=provenance | {"checkpoint_sha256": file_spec(weights).sha256, "exported_with": made_by},
+        provenance=provenance | {"checkpoint_sha256": checkpoint_sha256(checkpoint), "exported_with": made_by},
     )
 
 
@@ -186,7 +186,7 @@ def export_verified(checkpoint: Path, out: Path, options: Options, *, rows: Sequ
     new = out.with_name(out.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     export(checkpoint, new, options)
-    report = verify(new, checkpoint, rows=rows)
+    report = verify(new, checkpoint, rows=rows, problem_type=options.problem_type)
     print(report.text())
     if not report.passed:
         shutil.rmtree(new)

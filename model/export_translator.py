@@ -16,83 +16,68 @@ from pathlib import Path
 from typing import Any
 
 from model.commands import run
-from model.config import ModelConfig
 from model.export_decoder import Options, graph_spec, manifest
 from model.pairs import Pair
 from model.recipes.translation import DATA_HELP
 from model.recipes.translation_corpora import everyday_corpus
-from model.subwords import END_ID, START_ID, subwords_of
-from model.train import CHECKPOINT_HELP, load_checkpoint
-from model.transformer import EncoderDecoder
+from model.train import CHECKPOINT_HELP, checkpoint_sha256
 from model.translator_graph import build_translator
 from model.translator_quality import Sets
 from model.translator_samples import Samples, samples_for
-from model.translator_vocabulary import number_written_first
+from model.translator_vocabulary import Translator, load_translator
 from model.translator_weights import WEIGHTS_FILE, translator_pieces
 from model.verify_translator import sources_of, verify_translator
-from service.worker.bundle import MANIFEST, TOKENIZER, Manifest, file_spec
-from service.worker.weights.checkpoint import Text
+from service.worker.bundle import MANIFEST, TOKENIZER, Manifest
 from service.worker.weights.packing import write_pieces
 
 CREATED = 1_795_305_600  # 22 November 2026; not a file's time, which a copy changes
 
 
-def export_translator(
-    config: ModelConfig,
-    model: EncoderDecoder,
-    tokenizer: str,
-    out: Path,
-    options: Options,
-    *,
-    samples: Samples,
-    num_written: int,
-) -> Manifest:
+def export_translator(translator: Translator, out: Path, options: Options, *, samples: Samples) -> Manifest:
     """Writes all files (not verified yet) into the new directory `out`. Raises ValueError for what cannot be served.
 
-    `samples`: what integers are made for; `num_written`: the first tokens, which have logits.
+    `samples`: what integers are made for.
     """
     out.mkdir(parents=True)
-    parts = translator_pieces(config, model, None if options.precision == "float32" else samples, num_written)
+    config, num_written = translator.config, translator.num_written
+    parts = translator_pieces(
+        config, translator.model, None if options.precision == "float32" else samples, num_written
+    )
     places = write_pieces(out / WEIGHTS_FILE, parts)
     specs = {}
     graphs = build_translator(config, options.precision, places=places, file=WEIGHTS_FILE, num_written=num_written)
     for name, graph in graphs.items():
         (out / f"{name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
         specs[name] = graph_spec(graph, f"{name}.onnx")
-    (out / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-    text = Text(tokenizer=tokenizer, bos_id=START_ID, end_ids=(END_ID,), chat_template=None)
-    content = manifest("translation", config, text, options, specs, out)
+    (out / TOKENIZER).write_text(translator.text.tokenizer, encoding="utf-8")
+    content = manifest("translation", config, translator.text, options, specs, out)
     (out / MANIFEST).write_text(content.to_json())
     return content
 
 
 def options(checkpoint: Path, *, id: str, licence: str, created: int = CREATED) -> Options:
-    weights = checkpoint / "model.safetensors"
     provenance: dict[str, Any] = json.loads((checkpoint / "train.json").read_text())
     return Options(
         id=id,
         created=created,
         licence=licence,
-        provenance=provenance | {"checkpoint_sha256": file_spec(weights).sha256},
+        provenance=provenance | {"checkpoint_sha256": checkpoint_sha256(checkpoint)},
     )
 
 
 def export_verified(checkpoint: Path, out: Path, chosen: Options, *, training: Sequence[Pair], sets: Sets) -> bool:
     """Puts the bundle at `out` only if it and its float32 twin pass. Prints every check; says whether all passed."""
-    config, model = load_checkpoint(checkpoint, EncoderDecoder)
-    tokenizer, num_written = number_written_first(model, (checkpoint / TOKENIZER).read_text("utf-8"), training)
-    subwords = subwords_of(tokenizer)
+    translator = load_translator(checkpoint, training)
+    config, subwords = translator.config, translator.subwords
     sources, samples = sources_of(config, subwords, sets), samples_for(config, subwords, training)
     reports = {}
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         for precision in ("float32", "int8"):
             new = Path(folder) / precision
             made = replace(chosen, precision=precision)
-            content = export_translator(config, model, tokenizer, new, made, samples=samples, num_written=num_written)
+            content = export_translator(translator, new, made, samples=samples)
             scored = sets if precision == chosen.precision else {}
-            reports[precision] = verify_translator(
-                new, config, model, sources, samples, num_written=num_written, sets=scored
-            )
+            reports[precision] = verify_translator(new, translator, sources, samples, sets=scored)
             print(f"{precision}\n{reports[precision].text()}", flush=True)
         passed = all(report.passed for report in reports.values())
         if passed:

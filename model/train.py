@@ -28,6 +28,7 @@ from model.curve import Metrics, MetricsFile, plot
 from model.data import Batch, Batches, digest
 from model.optimizer import depth, learning_rate_scale, parameter_groups
 from model.transformer import Classifier
+from service.worker.bundle import file_spec
 
 CHECKPOINT_HELP = "folder that a training wrote: model.safetensors, config.json, tokenizer.json, train.json"
 Loss = Callable[[nn.Module, Any], Tensor]  # of a model and a batch
@@ -267,6 +268,11 @@ def save_checkpoint(
     config.save(directory / "config.json")
     shutil.copyfile(tokenizer, directory / "tokenizer.json")
     (directory / "train.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def checkpoint_sha256(directory: Path) -> str:
+    """Of the weights."""
+    return file_spec(directory / "model.safetensors").sha256
 
 
 def load_checkpoint(directory: Path, kind: type[M] = Classifier) -> tuple[ModelConfig, M]:  # type: ignore[assignment]

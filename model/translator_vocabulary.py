@@ -7,13 +7,46 @@ Sources may hold all of it. Knows no graph.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
+from model.config import ModelConfig
 from model.pairs import Pair
-from model.subwords import END_ID, PAD_ID, START_ID
+from model.subwords import END_ID, PAD_ID, START_ID, subwords_of
+from model.train import checkpoint_sha256, load_checkpoint
 from model.transformer import EncoderDecoder
+from service.worker.bundle import TOKENIZER
+from service.worker.weights.checkpoint import Text
+
+
+@dataclass(frozen=True)
+class Translator:
+    """A checkpoint, its tokens numbered as in its bundle."""
+
+    config: ModelConfig
+    model: EncoderDecoder
+    text: Text
+    num_written: int  # the first tokens, which have logits
+    sha256: str | None = None  # of the file of weights
+
+    @property
+    def subwords(self) -> Tokenizer:
+        return subwords_of(self.text.tokenizer)
+
+
+def load_translator(checkpoint: Path, pairs: Sequence[Pair]) -> Translator:
+    """`pairs`: what it was trained on."""
+    config, model = load_checkpoint(checkpoint, EncoderDecoder)
+    tokenizer, num_written = number_written_first(model, (checkpoint / TOKENIZER).read_text("utf-8"), pairs)
+    return Translator(config, model, text_of(tokenizer), num_written, checkpoint_sha256(checkpoint))
+
+
+def text_of(tokenizer: str) -> Text:
+    """`tokenizer`: tokenizer.json."""
+    return Text(tokenizer=tokenizer, bos_id=START_ID, end_ids=(END_ID,), chat_template=None)
 
 
 def number_written_first(model: EncoderDecoder, tokenizer: str, pairs: Sequence[Pair]) -> tuple[str, int]:

@@ -9,7 +9,7 @@ Every check runs, whatever the others say, and states what it found.
 import argparse
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from model.checks import Check, Found, Logits, Report, checked, difference, error, largest
+from model.checks import Check, Found, Logits, Report, agree, checked, common_facts, difference, error, largest, stated
 from model.commands import run
 from model.config import ModelConfig
 from model.data import Examples, Row, one_hot, read_sst2
@@ -27,9 +27,9 @@ from model.evaluate import predict
 from model.packed import INPUT_AXES, PackedClassifier, output_axes
 from model.quantize import rounding_error
 from model.tokenization import encode, load_tokenizer
-from model.train import CHECKPOINT_HELP, load_checkpoint
+from model.train import CHECKPOINT_HELP, checkpoint_sha256, load_checkpoint
 from model.transformer import Classifier
-from service.worker.bundle import TOKENIZER, Bundle, TensorSpec, file_spec, load_bundle
+from service.worker.bundle import PROBLEM_TYPES, TOKENIZER, Bundle, TensorSpec, file_spec, load_bundle
 from service.worker.classification.engine import GRAPH, ClassificationEngine, Tokens, Weights
 
 MAX_DIFFERENCE = 1e-4  # of float32 logits
@@ -37,6 +37,7 @@ MAX_LEVELS = 8  # that an int8 weight is from the reference's, of 63 or 127 (shi
 MAX_ERROR = 0.2  # of int8 logits (shipped: 0.03 on texts, 0.11 on random tokens)
 MIN_AGREEMENT = 0.97  # of int8 labels with the reference's
 MAX_ACCURACY_LOSS = 0.003
+MAX_MISSTATED = 0.003  # of accuracy and agreement
 MAX_ATTENTION_DIFFERENCE = 1e-4  # of float32 weights
 MIN_ATTENTION_CORRELATION = 0.95  # of a layer's int8 weights with the reference's
 MAX_SUM_ERROR = 1e-5  # of a row of weights, which sums to 1
@@ -81,8 +82,13 @@ class Subject:
         return {layer: weights[0].numpy() for layer, weights in enumerate(trace)}
 
 
-def verify(directory: Path, checkpoint: Path, *, rows: Sequence[Row] = ()) -> Report:
-    """Compares the bundle with the checkpoint; `rows` are labelled texts on which quality is measured."""
+def verify(
+    directory: Path, checkpoint: Path, *, rows: Sequence[Row] = (), problem_type: str = PROBLEM_TYPES[0]
+) -> Report:
+    """Compares the bundle with the checkpoint, which does not say what `problem_type` it was trained for.
+
+    `rows` are labelled texts on which quality is measured.
+    """
     try:
         bundle = load_bundle(directory)
         subject = Subject(bundle, ClassificationEngine(bundle), *load_checkpoint(checkpoint), checkpoint)
@@ -90,7 +96,7 @@ def verify(directory: Path, checkpoint: Path, *, rows: Sequence[Row] = ()) -> Re
         return Report((Check("loads", False, str(error)),))
     samples = sample_texts(subject, rows) if rows else sample_ids(subject.config)
     checks = [
-        checked("facts", facts, subject),
+        checked("facts", facts, subject, problem_type),
         checked("interface", interface, subject),
         checked("weights", weights, subject),
         checked("shapes", shapes, subject),
@@ -101,18 +107,22 @@ def verify(directory: Path, checkpoint: Path, *, rows: Sequence[Row] = ()) -> Re
     if not rows:
         return Report(tuple(checks))
     measured = quality(subject, rows)
-    return Report((*checks, Check("quality", *judged(measured, subject))), measured)
+    checks.append(Check("quality", *judged(measured, subject)))
+    return Report((*checks, *stated(bundle.manifest.quality, measured, within=MAX_MISSTATED)), measured)
 
 
-def facts(subject: Subject) -> Found:
+def facts(subject: Subject, problem_type: str) -> Found:
     """What the manifest says about the model is what the checkpoint says."""
-    manifest, config = subject.bundle.manifest, asdict(subject.config)
-    wrong = [name for name in config if name != "labels" and manifest.architecture.get(name) != config[name]]
-    wrong += ["labels"] if manifest.labels != subject.config.labels else []
-    wrong += ["limits.max_tokens"] if manifest.limits.max_tokens != subject.config.max_length else []
-    same = file_spec(subject.checkpoint / TOKENIZER) == manifest.files[TOKENIZER]
-    wrong += [] if same else [TOKENIZER]
-    return not wrong, f"differ from the checkpoint: {', '.join(wrong)}" if wrong else "equal to the checkpoint's"
+    manifest, config = subject.bundle.manifest, subject.config
+    sha256 = checkpoint_sha256(subject.checkpoint)
+    common = common_facts(manifest, config, task="classification", graphs=[GRAPH], checkpoint_sha256=sha256)
+    own = {
+        "labels": (manifest.labels, config.labels),
+        "problem_type": (manifest.problem_type, problem_type),
+        "limits.max_tokens": (manifest.limits.max_tokens, config.max_length),
+        TOKENIZER: (manifest.files[TOKENIZER], file_spec(subject.checkpoint / TOKENIZER)),
+    }
+    return agree(common | own)
 
 
 def interface(subject: Subject) -> Found:
@@ -257,8 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("checkpoint", type=Path, help=CHECKPOINT_HELP)
     parser.add_argument("--data", type=Path, help="folder with dev.tsv")
+    parser.add_argument("--problem-type", choices=PROBLEM_TYPES, default=PROBLEM_TYPES[0])
     flags = parser.parse_args(arguments)
-    report = verify(flags.bundle, flags.checkpoint, rows=read_sst2(flags.data / "dev.tsv") if flags.data else ())
+    rows = read_sst2(flags.data / "dev.tsv") if flags.data else ()
+    report = verify(flags.bundle, flags.checkpoint, rows=rows, problem_type=flags.problem_type)
     print(report.text())
     return 0 if report.passed else 1
 

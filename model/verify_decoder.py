@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from model import decoder_attention_graph, decoder_graph
-from model.checks import Check, Found, Report, checked, difference, error, largest
+from model.checks import Check, Found, Report, checked, difference, error, largest, stated
 from model.commands import run
 from model.config import ModelConfig
 from model.export_decoder import ATTENTION_GRAPH, GRAPH, SMOOTHING_FILE, WEIGHTS_FILE, tensors_of
-from model.importers.gguf import load_gguf
+from model.importers.gguf import Checkpoint, load_gguf
 from model.transformer import LanguageModel
 from model.verify_attention import attention
 from model.verify_generation import agreement, facts, interface, packed_again
@@ -40,6 +40,7 @@ MAX_DIFFERENCE = 1e-3  # of float32 logits, which go to 30
 MAX_ERROR = 0.14  # of int8 logits (shipped: 0.08)
 MIN_AGREEMENT = 0.9  # of int8's greedy tokens with the reference's choice after the same text
 MAX_INCREASE = 0.02  # of int8's perplexity
+MAX_MISSTATED = 0.1  # of a perplexity of 27
 WINDOW = 512  # tokens
 
 Ids = Sequence[int]
@@ -52,9 +53,16 @@ class Subject:
 
     bundle: Bundle
     engine: DecoderEngine
-    config: ModelConfig
-    model: LanguageModel
+    checkpoint: Checkpoint
     prompts: Sequence[Ids]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.checkpoint.model
 
     @property
     def is_exact(self) -> bool:
@@ -82,17 +90,23 @@ def open_engine(bundle: Bundle, *, threads: int = 1) -> DecoderEngine:
 
 
 def verify_decoder(
-    directory: Path, config: ModelConfig, model: LanguageModel, prompts: Sequence[Ids], *, text: Ids = ()
+    directory: Path, checkpoint: Checkpoint, prompts: Sequence[Ids], *, text: Ids = (), temperature: float = 0.0
 ) -> Report:
-    """Compares the bundle with the model on `prompts`, and on `text`, whose perplexity is measured if there is any."""
+    """Compares the bundle with the checkpoint on `prompts`, and on `text`, whose perplexity is measured, if any.
+
+    `temperature`: what the export chose.
+    """
     try:
         bundle = load_bundle(directory)
-        subject = Subject(bundle, open_engine(bundle), config, model.eval(), prompts)
+        subject = Subject(bundle, open_engine(bundle), checkpoint, prompts)
     except Exception as error:  # whatever keeps it from being served is the finding
         return Report((Check("loads", False, str(error)),))
+    checkpoint.model.eval()
+    config = checkpoint.config
     declared = {GRAPH: decoder_graph.interface(config), ATTENTION_GRAPH: decoder_attention_graph.interface(config)}
+    own_facts = partial(facts, task="generation", graphs=declared, temperature=temperature)
     checks = [
-        checked("facts", facts, bundle, config),
+        checked("facts", own_facts, bundle, config, checkpoint.text),
         checked("interface", interface, bundle, declared),
         checked("weights", weights, subject),
         checked("logits", logits, subject),
@@ -106,7 +120,13 @@ def verify_decoder(
     if not text:
         return Report((*checks, Check("perplexity", True, "skipped: no text was given")))
     measured = quality(subject, text)
-    return Report((*checks, judged(measured, is_exact=subject.is_exact)), {"perplexity": measured})
+    found, precision = {"perplexity": measured}, bundle.manifest.precision
+    said = {name: one for name, one in bundle.manifest.quality.items() if name == precision}
+    checks += [
+        judged(measured, is_exact=subject.is_exact),
+        *stated(said, {precision: found}, within=MAX_MISSTATED),
+    ]
+    return Report(tuple(checks), found)
 
 
 def weights(subject: Subject) -> Found:
@@ -250,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checkpoint = load_gguf(flags.checkpoint)
     tokenizer = checkpoint.tokenizer
     text = read_text(tokenizer, flags.text)
-    report = verify_decoder(flags.bundle, checkpoint.config, checkpoint.model, prompt_ids(tokenizer), text=text)
+    report = verify_decoder(flags.bundle, checkpoint, prompt_ids(tokenizer), text=text)
     print(report.text())
     return 0 if report.passed else 1
 

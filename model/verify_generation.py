@@ -3,31 +3,59 @@
 Each check says whether it passed, and what it found. Knows no engine: whoever calls has computed what is compared.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from model.checks import Found
+from model.checks import Found, agree, common_facts
 from model.config import ModelConfig
 from model.export_decoder import tensor_spec
-from service.worker.bundle import Bundle, file_spec
+from service.worker.bundle import TOKENIZER, Bundle, file_spec
+from service.worker.weights.checkpoint import Text
 from service.worker.weights.packing import Piece, write_pieces
 
 Interface = tuple[Sequence[onnx.ValueInfoProto], Sequence[onnx.ValueInfoProto]]  # inputs, outputs
 Hits = Sequence[NDArray[np.bool_]]
 
 
-def facts(bundle: Bundle, config: ModelConfig) -> Found:
-    manifest, facts = bundle.manifest, asdict(config)
-    wrong = [name for name in facts if name != "labels" and manifest.architecture.get(name) != facts[name]]
-    if manifest.limits.max_tokens > config.max_length:
-        wrong.append("limits.max_tokens")
-    return not wrong, f"differ from the checkpoint: {', '.join(wrong)}" if wrong else "equal to the checkpoint's"
+def facts(
+    bundle: Bundle,
+    config: ModelConfig,
+    text: Text,
+    *,
+    task: str,
+    graphs: Iterable[str],
+    temperature: float = 0.0,
+    checkpoint_sha256: str | None = None,
+) -> Found:
+    """What the manifest says is what the checkpoint does; the temperature is the export's choice."""
+    manifest, template = bundle.manifest, text.chat_template
+    given = manifest.generation
+    assert given is not None  # its task has it
+    return agree(
+        common_facts(manifest, config, task=task, graphs=graphs, checkpoint_sha256=checkpoint_sha256)
+        | {
+            "bos_id": (given.bos_id, text.bos_id),
+            "end_ids": (given.end_ids, text.end_ids),
+            "temperature": (given.temperature, temperature),
+            "chat_template": (
+                None if given.chat_template is None else manifest.files[given.chat_template].sha256,
+                None if template is None else sha256_of(template),
+            ),
+            TOKENIZER: (manifest.files[TOKENIZER].sha256, sha256_of(text.tokenizer)),
+            "limits.max_tokens": (manifest.limits.max_tokens, min(manifest.limits.max_tokens, config.max_length)),
+        }
+    )
+
+
+def sha256_of(text: str) -> str:
+    """Of a file that holds it."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def interface(bundle: Bundle, declared: Mapping[str, Interface]) -> Found:

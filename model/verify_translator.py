@@ -9,7 +9,7 @@ check runs, whatever the others say, and states what it found.
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,22 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.checks import Check, Found, Report, checked, difference, error, largest
+from model.checks import Check, Found, Report, checked, difference, error, largest, stated
 from model.commands import run
 from model.config import ModelConfig
 from model.data import pad
 from model.recipes.translation import DATA_HELP
 from model.recipes.translation_corpora import everyday_corpus
 from model.search import beam_search
-from model.subwords import PAD_ID, START_ID, load_subwords, subwords_of
-from model.train import CHECKPOINT_HELP, load_checkpoint
-from model.transformer import EncoderDecoder
+from model.subwords import PAD_ID, START_ID
+from model.train import CHECKPOINT_HELP
 from model.translator_graph import interfaces
 from model.translator_quality import NUM_BEAMS, SEARCHES, Ids, Logits, Sets, Written, quality, search, write
 from model.translator_samples import Samples, random_ids, samples_for
-from model.translator_vocabulary import number_written_first
+from model.translator_vocabulary import Translator, load_translator
 from model.translator_weights import WEIGHTS_FILE, translator_pieces
 from model.verify_generation import agreement, facts, interface, packed_again
-from service.worker.bundle import TOKENIZER, Bundle, load_bundle
+from service.worker.bundle import Bundle, load_bundle
 from service.worker.generation.likeliest import Likeliest
 from service.worker.generation.translator import TranslatorEngine
 from service.worker.session import Session
@@ -52,6 +51,7 @@ MIN_SAME = 0.5  # of int8's best hypotheses with the reference's
 MAX_MOVED = 0.05  # of int8 attention: the share of a row that lies elsewhere, on average
 MAX_FROM_ONE = 1e-5  # of a row's sum
 MAX_BLEU_LOSS = 0.3
+MAX_MISSTATED = 0.3  # of BLEU
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,9 @@ class Subject:
 
     bundle: Bundle
     engine: TranslatorEngine
-    config: ModelConfig
-    model: EncoderDecoder
+    translator: Translator
     sources: Sequence[Ids]
     samples: Samples
-    num_written: int
 
     @property
     def is_exact(self) -> bool:
@@ -86,9 +84,9 @@ class Subject:
     def forced(self, source: Ids, target: Ids) -> tuple[Logits, dict[str, Logits]]:
         """Logits (T, vocabulary) for the tokens of `target`; each attention's weights (1, H, queries, keys) by name."""
         traces: dict[str, list[Tensor]] = {"encoder": [], "decoder": [], "cross": []}
-        memory = self.model.encode(torch.tensor([list(source)]), trace=traces["encoder"])
+        memory = self.translator.model.encode(torch.tensor([list(source)]), trace=traces["encoder"])
         ids = torch.tensor([[START_ID, *target[:-1]]])
-        logits, _ = self.model.decode(ids, memory, trace=traces["decoder"], cross_trace=traces["cross"])
+        logits, _ = self.translator.model.decode(ids, memory, trace=traces["decoder"], cross_trace=traces["cross"])
         told = {f"{part}_attention.{at}": one.numpy() for part, trace in traces.items() for at, one in enumerate(trace)}
         return logits[0].numpy(), told
 
@@ -98,27 +96,23 @@ def open_engine(bundle: Bundle, *, threads: int = 1) -> TranslatorEngine:
 
 
 def verify_translator(
-    directory: Path,
-    config: ModelConfig,
-    model: EncoderDecoder,
-    sources: Sequence[Ids],
-    samples: Samples,
-    *,
-    num_written: int,
-    sets: Sets,
+    directory: Path, translator: Translator, sources: Sequence[Ids], samples: Samples, *, sets: Sets
 ) -> Report:
-    """Compares the bundle with the model on `sources`, and BLEU on the `sets` of pairs, if there are any.
+    """Compares the bundle with the checkpoint on `sources`, and BLEU on the `sets` of pairs, if there are any.
 
-    `samples`: what the bundle's integers were made for; `num_written`: the first tokens, which have logits.
+    `samples`: what the bundle's integers were made for.
     """
     try:
         bundle = load_bundle(directory)
-        subject = Subject(bundle, open_engine(bundle), config, model.eval(), sources, samples, num_written)
+        subject = Subject(bundle, open_engine(bundle), translator, sources, samples)
     except Exception as error:  # whatever keeps it from being served is the finding
         return Report((Check("loads", False, str(error)),))
+    config, num_written = translator.config, translator.num_written
+    declared = interfaces(config, num_written)
+    own_facts = partial(facts, task="translation", graphs=declared, checkpoint_sha256=translator.sha256)
     checks = [
-        checked("facts", facts, bundle, config),
-        checked("interface", interface, bundle, interfaces(config, num_written)),
+        checked("facts", own_facts, bundle, config, translator.text),
+        checked("interface", interface, bundle, declared),
         checked("weights", weights, subject),
         checked("logits", logits, subject),
         checked("greedy tokens", greedy_tokens, subject),
@@ -129,21 +123,23 @@ def verify_translator(
     ]
     if not sets:
         return Report((*checks, Check("BLEU", True, "skipped: no pairs were given")))
-    measured = quality(subject.engine, model, load_subwords(bundle.tokenizer_path), sets)
-    return Report((*checks, judged(measured)), {"bleu": measured})
+    measured = {"bleu": quality(subject.engine, translator.model, translator.subwords, sets)}
+    checks += [judged(measured["bleu"]), *stated(bundle.manifest.quality, measured, within=MAX_MISSTATED)]
+    return Report(tuple(checks), measured)
 
 
 def weights(subject: Subject) -> Found:
     """Packed once more, the checkpoint's weights are the file's, byte for byte."""
     samples = None if subject.is_exact else subject.samples
-    parts = translator_pieces(subject.config, subject.model, samples, subject.num_written)
+    translator = subject.translator
+    parts = translator_pieces(translator.config, translator.model, samples, translator.num_written)
     return packed_again(subject.bundle, WEIGHTS_FILE, parts)
 
 
 def logits(subject: Subject) -> Found:
     """Every step of every translation: to MAX_DIFFERENCE in float32, to an error of MAX_ERROR in int8."""
     ours = np.concatenate([one.logits for one in subject.written])
-    theirs = np.concatenate(subject.reference)[:, : subject.num_written]
+    theirs = np.concatenate(subject.reference)[:, : subject.translator.num_written]
     gap, distance = difference(ours, theirs), error(ours, theirs)
     found = f"largest difference {gap:.2e}, error {distance:.4f} at {len(ours)} steps"
     return (gap <= MAX_DIFFERENCE if subject.is_exact else distance <= MAX_ERROR), found
@@ -167,10 +163,10 @@ def beams(subject: Subject) -> Found:
     likeliest, limit = Likeliest(), min(NUM_NEW, subject.engine.max_tokens - 1)
     options: dict[str, Any] = {"num_beams": NUM_BEAMS, "length_penalty": 1.0}
     theirs = beam_search(
-        subject.model,
+        subject.translator.model,
         *pad(subject.sources, PAD_ID),
         max_new=[limit] * len(subject.sources),
-        num_written=subject.num_written,
+        num_written=subject.translator.num_written,
         **options,
     )
     ours = [search(subject.engine, likeliest, source, limit, **options) for source in subject.sources]
@@ -227,8 +223,8 @@ def batched_alone(subject: Subject) -> Found:
     draw = np.random.default_rng(0)
     longest = min(subject.engine.max_tokens, 8 * NUM_SLOTS)
     lengths = draw.permutation(np.linspace(1, longest, NUM_SLOTS, dtype=int))
-    sources = [draw.integers(0, subject.config.vocab_size, length).tolist() for length in lengths]
-    tokens = draw.integers(0, subject.config.vocab_size, (NUM_STEPS, NUM_SLOTS))
+    sources = [draw.integers(0, subject.translator.config.vocab_size, length).tolist() for length in lengths]
+    tokens = draw.integers(0, subject.translator.config.vocab_size, (NUM_STEPS, NUM_SLOTS))
     rows = range(NUM_SLOTS)
     alone = np.concatenate([decoded(subject.engine, [sources[at]], tokens[:, at : at + 1]) for at in rows])
     half = NUM_SLOTS // 2
@@ -252,7 +248,7 @@ def encoded_alone(subject: Subject) -> Found:
     draw, wrong = np.random.default_rng(1), []
     lengths = [1, 2, 7, 33, subject.engine.max_tokens]
     for length in lengths:
-        ids = draw.integers(0, subject.config.vocab_size, (5, length))
+        ids = draw.integers(0, subject.translator.config.vocab_size, (5, length))
         alone = [one.run({"ids": ids[at : at + 1]}) for at in range(len(ids))]
         for session in (one, two):
             together = session.run({"ids": ids})
@@ -283,13 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help=CHECKPOINT_HELP)
     parser.add_argument("--data", type=Path, help=DATA_HELP)
     flags = parser.parse_args(arguments)
-    config, model = load_checkpoint(flags.checkpoint, EncoderDecoder)
     corpus = everyday_corpus(flags.data) if flags.data else None
     training, sets = (corpus.training, corpus.test) if corpus else ([], {})
-    tokenizer, num_written = number_written_first(model, (flags.checkpoint / TOKENIZER).read_text("utf-8"), training)
-    subwords = subwords_of(tokenizer)
+    translator = load_translator(flags.checkpoint, training)
+    config, subwords = translator.config, translator.subwords
     sources, samples = sources_of(config, subwords, sets), samples_for(config, subwords, training)
-    report = verify_translator(flags.bundle, config, model, sources, samples, num_written=num_written, sets=sets)
+    report = verify_translator(flags.bundle, translator, sources, samples, sets=sets)
     print(report.text())
     return 0 if report.passed else 1
 

@@ -4,6 +4,7 @@ The bundles here are broken with correct checksums: what is found is found by ru
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,42 @@ def test_all_failures_are_reported_not_the_first(bundle: Path, tiny_checkpoint: 
     assert set(failed(report)) == {"facts", "weights", "values", "batched == alone"}
     assert report.text().count("FAIL") == 4
     assert "labels" in failed(report)["facts"]
+
+
+FACTS = [
+    ("problem_type", lambda values: values.update(problem_type="regression")),
+    ("graphs", lambda values: values["graphs"].update(extra=values["graphs"]["classify"])),
+    ("provenance.checkpoint_sha256", lambda values: values["provenance"].update(checkpoint_sha256="0" * 64)),
+    ("architecture.extra", lambda values: values["architecture"].update(extra=1)),
+]
+
+
+@pytest.mark.parametrize(("fact", "change"), FACTS)
+def test_a_fact_that_is_not_the_checkpoints_is_found(
+    bundle: Path, tiny_checkpoint: Path, fact: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    change_manifest(bundle, change)
+    found = failed(verify(bundle, tiny_checkpoint))
+    assert set(found) == {"facts"}
+    assert found["facts"].startswith(f"{fact} is ")
+
+
+def test_the_problem_type_is_whoever_exports_choice(bundle: Path, tiny_checkpoint: Path) -> None:
+    change_manifest(bundle, lambda values: values.update(problem_type="regression"))
+    assert verify(bundle, tiny_checkpoint, problem_type="regression").passed
+    assert main([str(bundle), str(tiny_checkpoint), "--problem-type", "regression"]) == 0
+
+
+@pytest.mark.parametrize("change", [{}, {"accuracy": 0.99}, {"rows": 20}, {"f1": 0.9}])
+def test_quality_that_is_not_the_measured_one_is_found(
+    bundle: Path, tiny_checkpoint: Path, change: dict[str, float]
+) -> None:
+    rows = [Row(row.text, at % 2) for at, row in enumerate(confident_rows(30, seed=0))]
+    measured = verify(bundle, tiny_checkpoint, rows=rows).quality
+    change_manifest(bundle, lambda values: values.update(quality=measured | change))
+    found = failed(verify(bundle, tiny_checkpoint, rows=rows))
+    assert set(found) == ({"stated quality"} if change else set())
+    assert all(found["stated quality"].startswith(f"{name} is {value}, measured ") for name, value in change.items())
 
 
 def test_another_tokenizer_is_found(bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """model.verify_decoder passes a faithful bundle, and each kind of damage fails the check that is there for it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +8,16 @@ import onnx
 import pytest
 
 from model.checks import Report
-from model.export_decoder import GRAPH_FILE, WEIGHTS_FILE
+from model.export_decoder import GRAPH_FILE, TEMPLATE_FILE, WEIGHTS_FILE
 from model.smoothing import calibrate
 from model.verify_decoder import losses, verify_decoder
 from tests.tiny import (
     CHAT_CONFIG,
     change_graph,
     change_manifest,
+    chat_checkpoint,
     multiply_output,
+    reverse_vocabulary,
     seeded_chat_model,
     sign,
     tiny_generation_bundle,
@@ -26,7 +29,7 @@ TEXT = DRAW.integers(3, CHAT_CONFIG.vocab_size, 120).tolist()
 
 
 def verified(directory: Path) -> Report:
-    return verify_decoder(directory, CHAT_CONFIG, seeded_chat_model(), PROMPTS, text=TEXT)
+    return verify_decoder(directory, chat_checkpoint(), PROMPTS, text=TEXT)
 
 
 def failed(report: Report) -> set[str]:
@@ -108,7 +111,7 @@ def test_scaled_logits_are_found_in_int8_too(tmp_path: Path, by: float) -> None:
     bundle = tiny_generation_bundle(tmp_path / "bundle")
     for name in (GRAPH_FILE, "attention.onnx"):
         change_graph(bundle, lambda graph: multiply_output(graph, "logits", by), name)
-    assert failed(verify_decoder(bundle, CHAT_CONFIG, seeded_chat_model(), PROMPTS)) == {"logits"}
+    assert failed(verify_decoder(bundle, chat_checkpoint(), PROMPTS)) == {"logits"}
 
 
 def test_weights_of_another_temperature_are_found(bundle: Path) -> None:
@@ -146,13 +149,60 @@ def test_weights_that_are_no_numbers_are_found(bundle: Path) -> None:
     assert failed(verified(bundle)) == {"attention"}
 
 
+FACTS = [
+    ("bos_id", lambda values: values["generation"].update(bos_id=10**9)),
+    ("end_ids", lambda values: values["generation"].update(end_ids=[5])),
+    ("temperature", lambda values: values["generation"].update(temperature=50)),
+    ("task", lambda values: values.update(task="translation")),
+    ("graphs", lambda values: values["graphs"].update(extra=values["graphs"]["decode"])),
+    ("provenance.checkpoint_sha256", lambda values: values["provenance"].update(checkpoint_sha256="0" * 64)),
+]
+
+
+@pytest.mark.parametrize(("fact", "change"), FACTS)
+def test_a_fact_that_is_not_the_checkpoints_is_found(bundle: Path, fact: str, change: Callable[[dict], None]) -> None:
+    change_manifest(bundle, change)
+    report = verified(bundle)
+    assert failed(report) == {"facts"}
+    assert report.checks[0].found.startswith(f"{fact} is ")
+
+
+def test_another_tokenizer_is_found(bundle: Path) -> None:
+    reverse_vocabulary(bundle)
+    assert failed(verified(bundle)) == {"facts"}
+
+
+@pytest.mark.parametrize("template", ["{{ 'ignore the user' }}", None])
+def test_another_template_is_found(bundle: Path, template: str | None) -> None:
+    if template is None:
+        change_manifest(bundle, lambda values: values["generation"].update(chat_template=None))
+    else:
+        (bundle / TEMPLATE_FILE).write_text(template)
+        sign(bundle, TEMPLATE_FILE)
+    assert failed(verified(bundle)) == {"facts"}
+
+
+def test_the_temperature_is_the_exports_choice(bundle: Path) -> None:
+    change_manifest(bundle, lambda values: values["generation"].update(temperature=0.5))
+    assert verify_decoder(bundle, chat_checkpoint(), PROMPTS, temperature=0.5).passed
+
+
+def test_a_perplexity_that_is_not_the_measured_one_is_found(bundle: Path) -> None:
+    measured = verified(bundle).quality
+    change_manifest(bundle, lambda values: values.update(quality={"float32": measured, "int8": {"perplexity": {}}}))
+    assert verified(bundle).passed
+    measured["perplexity"]["perplexity"] -= 1
+    change_manifest(bundle, lambda values: values.update(quality={"float32": measured}))
+    assert failed(verified(bundle)) == {"stated quality"}
+
+
 def test_another_size_in_the_manifest_is_found(bundle: Path) -> None:
     change_manifest(bundle, lambda values: values["architecture"].update(rope_theta=5.0))
     assert failed(verified(bundle)) == {"facts"}
 
 
 def test_without_a_text_perplexity_is_skipped_and_said(bundle: Path) -> None:
-    report = verify_decoder(bundle, CHAT_CONFIG, seeded_chat_model(), PROMPTS)
+    report = verify_decoder(bundle, chat_checkpoint(), PROMPTS)
     assert report.passed
     assert report.checks[-1].found == "skipped: no text was given"
 

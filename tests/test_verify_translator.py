@@ -1,5 +1,6 @@
 """model.verify_translator passes a faithful bundle, and each kind of damage fails the check that is there for it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,15 @@ from model.checks import Report
 from model.pairs import Pair
 from model.translator_weights import WEIGHTS_FILE
 from service.worker.generation.beam_search import BeamSearch
-from tests.tiny import change_graph, change_manifest, multiply_output, sign
+from tests.tiny import change_graph, change_manifest, multiply_output, reverse_vocabulary, sign
 from tests.tiny_translator import (
     CONFIG,
     LIMITS,
     SAMPLES,
     SENTENCES,
-    seeded_translator,
     subwords,
     tiny_translation_bundle,
+    translator,
 )
 
 PAIRS = [Pair("A dog.", "Ein Hund."), Pair("Where is the garden?", "Wo ist der Garten?")]
@@ -35,9 +36,7 @@ def verified(
     directory: Path, sets: dict[str, list[Pair]] | None = None, *, num_written: int = CONFIG.vocab_size
 ) -> Report:
     sources = [encoding.ids for encoding in subwords().encode_batch(list(SENTENCES[::2]))]
-    return verify_translator.verify_translator(
-        directory, CONFIG, seeded_translator(), sources, SAMPLES, num_written=num_written, sets=sets or {}
-    )
+    return verify_translator.verify_translator(directory, translator(num_written), sources, SAMPLES, sets=sets or {})
 
 
 def failed(report: Report) -> set[str]:
@@ -142,6 +141,40 @@ def test_other_logits_beside_the_maps_are_found_in_int8_too(tmp_path: Path) -> N
     bundle = tiny_translation_bundle(tmp_path / "bundle")
     change_graph(bundle, negate, "attention.onnx")
     assert failed(verified(bundle)) == {"attention"}
+
+
+FACTS = [
+    ("end_ids", lambda values: values["generation"].update(end_ids=[77])),
+    ("temperature", lambda values: values["generation"].update(temperature=1)),
+    ("task", lambda values: values.update(task="generation")),
+    ("graphs", lambda values: values["graphs"].update(extra=values["graphs"]["decode"])),
+    ("provenance.checkpoint_sha256", lambda values: values["provenance"].update(checkpoint_sha256="0" * 64)),
+]
+
+
+@pytest.mark.parametrize(("fact", "change"), FACTS)
+def test_a_fact_that_is_not_the_checkpoints_is_found(bundle: Path, fact: str, change: Callable[[dict], None]) -> None:
+    change_manifest(bundle, change)
+    report = verified(bundle)
+    assert failed(report) == {"facts"}
+    assert report.checks[0].found.startswith(f"{fact} is ")
+
+
+def test_another_tokenizer_is_found_and_scored_by_the_checkpoints(bundle: Path) -> None:
+    good = verified(bundle, {"tiny": PAIRS}).quality
+    reverse_vocabulary(bundle, kept=3)
+    report = verified(bundle, {"tiny": PAIRS})
+    assert failed(report) == {"facts"}
+    assert report.quality == good
+
+
+def test_a_bleu_that_is_not_the_measured_one_is_found(bundle: Path) -> None:
+    measured = verified(bundle, {"tiny": PAIRS}).quality
+    change_manifest(bundle, lambda values: values.update(quality=measured))
+    assert verified(bundle, {"tiny": PAIRS}).passed
+    measured["bleu"]["tiny"]["greedy"]["bleu"] += 1
+    change_manifest(bundle, lambda values: values.update(quality=measured))
+    assert failed(verified(bundle, {"tiny": PAIRS})) == {"stated quality"}
 
 
 def test_another_size_in_the_manifest_is_found(bundle: Path) -> None:

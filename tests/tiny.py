@@ -17,6 +17,7 @@ from model import export_decoder
 from model.config import ModelConfig
 from model.data import Row
 from model.export import Options, export
+from model.importers.gguf import Checkpoint
 from model.train import save_checkpoint
 from model.transformer import Classifier, LanguageModel
 from service.worker.bundle import MANIFEST, Manifest, file_spec
@@ -202,6 +203,23 @@ def chat_text() -> export_decoder.Text:
     return export_decoder.Text(
         tokenizer=chat_tokenizer().to_str(), bos_id=None, end_ids=END_IDS, chat_template=CHAT_TEMPLATE
     )
+
+
+def chat_checkpoint() -> Checkpoint:
+    return Checkpoint(
+        config=CHAT_CONFIG, model=seeded_chat_model(), tokenizer=chat_tokenizer(), text=chat_text(), licence=None
+    )
+
+
+def reverse_vocabulary(directory: Path, kept: int = 0) -> None:
+    """Every token after the first `kept` gets another's number."""
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    names = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    names[kept:] = names[kept:][::-1]
+    content["model"]["vocab"] = {name: number for number, name in enumerate(names)}
+    path.write_text(json.dumps(content))
+    sign(directory, path.name)
 
 
 def tiny_generation_bundle(directory: Path, *, precision: str = "int8", id: str = "tiny-chat") -> Path:

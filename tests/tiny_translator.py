@@ -11,6 +11,7 @@ from model.export_translator import export_translator
 from model.subwords import END_ID, train_subwords
 from model.transformer import EncoderDecoder
 from model.translator_samples import random_ids
+from model.translator_vocabulary import Translator, text_of
 from tests.tiny_translation import CONFIG as TRANSLATION
 from tests.tiny_translation import tiny_translator
 
@@ -46,18 +47,14 @@ def seeded_translator() -> EncoderDecoder:
     return model
 
 
+def translator(num_written: int = CONFIG.vocab_size) -> Translator:
+    return Translator(CONFIG, seeded_translator(), text_of(subwords().to_str()), num_written)
+
+
 def tiny_translation_bundle(
     directory: Path, *, precision: str = "int8", id: str = "tiny-translation", num_written: int = CONFIG.vocab_size
 ) -> Path:
     """Writes a whole bundle of the seeded translator into `directory`, which must not exist, and returns it."""
     options = Options(id=id, created=1_700_000_000, licence="Apache-2.0", precision=precision)
-    export_translator(
-        CONFIG,
-        seeded_translator(),
-        subwords().to_str(),
-        directory,
-        options,
-        samples=SAMPLES,
-        num_written=num_written,
-    )
+    export_translator(translator(num_written), directory, options, samples=SAMPLES)
     return directory

@@ -111,8 +111,9 @@ def build(checkpoint: Checkpoint, chosen: Options, out: Path, *, text: Sequence[
         twin, exact = Path(folder) / "float32", replace(chosen, precision="float32", smoothing=None)
         for directory, one in ((twin, exact), (out, chosen)):
             content = export_decoder(config, tensors, checkpoint.text, directory, one)
-            reports[one.precision] = verify_decoder(directory, config, checkpoint.model, prompts, text=text)
-            print(f"{one.precision}\n{reports[one.precision].text()}", flush=True)
+            report = verify_decoder(directory, checkpoint, prompts, text=text, temperature=one.temperature)
+            reports[one.precision] = report
+            print(f"{one.precision}\n{report.text()}", flush=True)
     verification = {name: report.facts() for name, report in reports.items()}
     measured = {name: report.quality for name, report in reports.items()}
     (out / MANIFEST).write_text(replace(content, quality=measured, verification=verification).to_json())
