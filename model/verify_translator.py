@@ -108,6 +108,9 @@ def verify_translator(
     except Exception as error:  # whatever keeps it from being served is the finding
         return Report((Check("loads", False, str(error)),))
     config, num_written = translator.config, translator.num_written
+    if subject.engine.vocab_size != num_written:  # tokens were numbered by other pairs: all else would tell of that
+        found = f"the bundle writes {subject.engine.vocab_size} tokens, these pairs {num_written}"
+        return Report((Check("training pairs", False, f"{found}: give the --data that it was exported with"),))
     declared = interfaces(config, num_written)
     own_facts = partial(facts, task="translation", graphs=declared, checkpoint_sha256=translator.sha256)
     checks = [
@@ -277,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("checkpoint", type=Path, help=CHECKPOINT_HELP)
-    parser.add_argument("--data", type=Path, help=DATA_HELP)
+    parser.add_argument("--data", type=Path, help=f"needed where the export had it: {DATA_HELP}")
     flags = parser.parse_args(arguments)
     corpus = everyday_corpus(flags.data) if flags.data else None
     training, sets = (corpus.training, corpus.test) if corpus else ([], {})

@@ -177,6 +177,15 @@ def test_a_bleu_that_is_not_the_measured_one_is_found(bundle: Path) -> None:
     assert failed(verified(bundle, {"tiny": PAIRS})) == {"stated quality"}
 
 
+def test_without_its_training_pairs_that_is_all_it_says(tmp_path: Path) -> None:
+    bundle = tiny_translation_bundle(tmp_path / "bundle", precision="float32", num_written=200)
+    report = verified(bundle)
+    assert failed(report) == {"training pairs"}
+    assert report.text() == (
+        "FAIL training pairs: the bundle writes 200 tokens, these pairs 300: give the --data that it was exported with"
+    )
+
+
 def test_another_size_in_the_manifest_is_found(bundle: Path) -> None:
     change_manifest(bundle, lambda values: values["architecture"].update(norm_eps=0.5))
     assert failed(verified(bundle)) == {"facts"}
