@@ -85,7 +85,7 @@ def test_a_refusal_that_repeats_a_turn_can_be_told(chat: tuple[Tokenizer, Prompt
     template = ChatTemplate("{{ raise_exception('not this: ' ~ messages[0].content) }}")
     for text, told in ((f"a {END} b", f"a {END} b"), (END * 1000, END * 19 + "...")):
         with pytest.raises(InvalidRequest) as caught:
-            ours.encode_chat(template, user(text))
+            encode_chat(ours, template, user(text))
         assert caught.value.message == f"the model's chat template refuses this: not this: {told}"
 
 

@@ -142,4 +142,4 @@ async def test_a_foreign_client_checks_health(address: str) -> None:
 async def test_a_foreign_client_reads_an_error(address: str) -> None:
     (reply,) = await buf_curl(f"{address}/attnd.v1.Inference/Classify", "{}")
     assert reply["code"] == "invalid_argument"
-    assert "at least 1" in str(reply["message"])
+    assert "at least one" in str(reply["message"])
