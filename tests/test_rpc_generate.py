@@ -28,10 +28,10 @@ NUM_LONG = 2_000
 LONG = asking("word " * NUM_LONG, logprobs=20, max_tokens=0)
 
 
-async def start_long(start: Start, **settings: Any) -> tuple[Running, Any]:
+async def start_long(start: Start, asked: Any = LONG, **settings: Any) -> tuple[Running, Any]:
     """A server, and a generation on it of which the first message has come."""
     running = await start(max_body_bytes=1_000_000, **settings)
-    call = running.generate(LONG, timeout=60)
+    call = running.generate(asked, timeout=60)
     assert (await anext(aiter(call))).events[0].HasField("start")
     return running, call
 
@@ -221,7 +221,8 @@ async def test_draining_refuses_new_generations_and_finishes_the_running_ones(st
 
 
 async def test_draining_does_not_wait_for_ever(start: Start, backend: FakeBackend) -> None:
-    running, call = await start_long(start, drain_timeout=0.1)
+    longer = asking("word " * 10 * NUM_LONG, logprobs=20, max_tokens=0)  # than what a stop waits for last words
+    running, call = await start_long(start, longer, drain_timeout=0.1)
     await running.server.stop()
     await until(lambda: backend.num_cancelled == 1)
     assert (await failure_of(events_of(call))).code() is grpc.StatusCode.UNAVAILABLE
