@@ -2,16 +2,15 @@
 
 import argparse
 import asyncio
-import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import translate, translation_weights
+from bench import translate, translation_contenders
 from bench.figures import Latency, Sample
 from bench.generate import Fleet
 from bench.loads import LoadFailed
@@ -20,7 +19,6 @@ from bench.servers import Server, free_port
 from bench.translate import Measuring, agreement, contenders_of, options
 from bench.translation_contenders import Bare, Contender, Search, Setting, attnd, run_offline, settings_of
 from bench.translation_report import TranslationRounds, full, notes, ratios, summary, table, verdicts
-from bench.translation_weights import check_weights, checkpoint_for
 
 # --- who takes part
 
@@ -44,52 +42,27 @@ def test_attnd_is_one_process_for_every_load() -> None:
     assert greedy.label_of({"outputs": [{"text": "y"}]}) == "y"
 
 
-def test_bundle_is_compared_on_the_weights_that_it_was_made_of(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    for written, is_right in ((b"weights", True), (b"others", False)):
-        provenance = {"checkpoint_sha256": hashlib.sha256(written).hexdigest()}
-        (tmp_path / "manifest.json").write_text(json.dumps({"provenance": provenance}))
-        with nullcontext() if is_right else pytest.raises(SystemExit, match="--checkpoint") as refused:
-            check_weights(tmp_path, tmp_path)
-    said = str(refused.value)
-    assert f"model.export_translator {tmp_path} --out runs/translation/bundle" in said
-    assert "--bundle runs/translation/bundle" in said
+def test_peers_get_the_weights_that_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(translate, "write_weights", lambda bundle, out: asked.append(bundle))
+    monkeypatch.setattr(translation_contenders, "python_of", lambda name, cache: Path("python"))
+    found, missing = contenders_of(options(("--bundle", "some/where")), tmp_path)
+    assert ([one.name for one in found], missing) == (["attnd", "ctranslate2", "transformers"], {})
+    assert asked == [Path("some/where")]
+    for contender in found[1:]:
+        served = contender.server_for("greedy", Setting(8, 1, 2)).command
+        assert {str(tmp_path / "weights"), "serve"} <= set(served)
+        assert {str(tmp_path / "weights"), "offline"} <= set(contender.offline[0])
+    contenders_of(options(("--only", "attnd,bare")), tmp_path)
+    assert len(asked) == 1
 
 
-def test_checkpoint_may_lack_unless_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(translation_weights, "USUAL", tmp_path / "usual")
-    assert checkpoint_for(tmp_path, None) is None
-    with pytest.raises(SystemExit, match=r"there is no .*typo"):
-        checkpoint_for(tmp_path, tmp_path / "typo")
-    (tmp_path / "usual").mkdir()
-    (tmp_path / "usual/model.safetensors").write_bytes(b"anew")
-    (tmp_path / "manifest.json").write_text('{"provenance": {"checkpoint_sha256": "another"}}')
-    with pytest.raises(SystemExit, match=r"was not made of .*usual"):
-        checkpoint_for(tmp_path, None)
+def test_run_with_nobody_in_it_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(name: str, cache: Path) -> Path:
+        raise OSError("no index")
 
-
-def test_without_a_checkpoint_only_the_peers_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    found, missing = contenders_of(options(()))
-    assert ([one.name for one in found], set(missing)) == (["attnd"], {"ctranslate2", "transformers"})
-    said = capsys.readouterr().err
-    assert all(word in said for word in ("ctranslate2 and transformers", "make train-translation", "--checkpoint"))
-    assert contenders_of(options(("--only", "attnd,bare")))[1] == {}
-
-
-def test_checkpoint_is_asked_for_only_by_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[argparse.Namespace] = []
-    monkeypatch.setattr(translate, "run", lambda given, scratch: ran.append(given))
-    (tmp_path / "manifest.json").write_text("{}")
-    flags = ["--bundle", str(tmp_path), "--cache", str(tmp_path), "--checkpoint", str(tmp_path / "nowhere")]
-    monkeypatch.setattr(sys, "argv", ["bench", *flags, "--only", "attnd,bare"])
-    translate.main()
-    assert [given.only for given in ran] == [("attnd", "bare")]
-    monkeypatch.setattr(sys, "argv", ["bench", *flags, "--only", "bare,transformers"])
-    with pytest.raises(SystemExit, match="nowhere"):
-        translate.main()
-
-
-def test_run_with_nobody_in_it_is_an_error(tmp_path: Path) -> None:
+    monkeypatch.setattr(translate, "write_weights", lambda bundle, out: None)
+    monkeypatch.setattr(translation_contenders, "python_of", unavailable)
     with pytest.raises(SystemExit, match="nobody"):
         translate.run(options(("--only", "ctranslate2")), tmp_path)
 
@@ -205,9 +178,9 @@ class Answers(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
 """
 OFFLINE = """
-import json, os, sys
+import json, sys
 texts = json.load(sys.stdin)["sentences"]
-print(json.dumps({"rate": 8.0, "texts": [text.upper() + os.environ.get("END", "") for text in texts]}))
+print(json.dumps({"rate": 8.0, "texts": [text.upper() for text in texts]}))
 """
 
 
@@ -287,6 +260,5 @@ def test_bare_loop_that_fails_is_reported_and_not_measured(tmp_path: Path) -> No
     assert measuring.rounds.samples == {}
 
 
-def test_offline_command_gets_its_plan_and_its_environment() -> None:
-    command = fake_contender("x", SERVE).offline
-    assert run_offline(command, {"sentences": ["a"]}, END="!")["texts"] == ["A!"]
+def test_offline_command_gets_its_plan() -> None:
+    assert run_offline(fake_contender("x", SERVE).offline, {"sentences": ["a"]})["texts"] == ["A"]

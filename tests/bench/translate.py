@@ -1,6 +1,6 @@
 """`python -m tests.bench.translate`: attnd's translations beside CTranslate2's and transformers', on the same weights.
 
-CTranslate2 runs in int8, transformers in fp32; both get our checkpoint's weights, and a server that batches without a
+CTranslate2 runs in int8, transformers in fp32; both get the bundle's weights, and a server that batches without a
 timer, in the setting that is fastest here for the load in question. In every round each load is measured on one
 contender after the other, forwards and backwards by turns, so that whatever the machine does meanwhile hits all alike.
 Ratios are of sentences a second, taken round by round. All on the same cores, the load generator included.
@@ -42,11 +42,10 @@ from .translation_contenders import (
     run_offline,
 )
 from .translation_report import SEARCHES, TranslationRounds, full, notes, summary, table, verdicts
-from .translation_weights import NO_CHECKPOINT, USUAL, checkpoint_for
+from .translation_weights import write_weights
 
 ROOT = Path(__file__).parents[2]
 _FAILURES = (ServerFailed, LoadFailed, CalledProcessError, OSError, ValueError)
-_CHECKED = 50  # sentences that the converted weights are checked on
 
 Offline = Callable[[Mapping[str, Any]], dict[str, Any]]  # see run_offline
 
@@ -55,7 +54,6 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.translate", description=__doc__)
     add = parser.add_argument
     add("--bundle", type=Path, default=ROOT / "model/zoo/translation", help="(default %(default)s)")
-    add("--checkpoint", type=Path, help=f"that it was made of, for {' and '.join(PEERS_NAMED)} (default: {USUAL})")
     add("--data", type=Path, help="sentences, one a line, for example test_2016_flickr.en (default: made-up reviews)")
     add("--count", type=int, help="how many of them, from the first (default: all)")
     add("--only", type=names_of(NAMES), default=NAMES, help=f"contenders, of {','.join(NAMES)} (default: all)")
@@ -170,41 +168,24 @@ def agreement(some: Sequence[str], others: Sequence[str]) -> float:
     return sum(one == other for one, other in zip(some, others, strict=True)) / len(others)
 
 
-def contenders_of(given: argparse.Namespace) -> tuple[list[Contender], dict[str, str]]:
+def contenders_of(given: argparse.Namespace, scratch: Path) -> tuple[list[Contender], dict[str, str]]:
     """Those that are wanted and can be had, and why the others cannot. attnd is the first."""
     cores = len(os.sched_getaffinity(0))
     found = [attnd(given.bundle, given.serve_args.split())] if "attnd" in given.only else []
     wanted = [name for name in PEERS_NAMED if name in given.only]
-    if wanted and given.checkpoint is None:
-        say(f"{' and '.join(wanted)} left out: {NO_CHECKPOINT}")
-        return found, dict.fromkeys(wanted, "there is no checkpoint")
+    if wanted:
+        write_weights(given.bundle, scratch / "weights")
     missing: dict[str, str] = {}
     for name in wanted:
         try:
-            found.append(peer(name, given.checkpoint, given.bundle, given.cache, cores=cores))
+            found.append(peer(name, scratch / "weights", given.cache, cores=cores))
         except _FAILURES as error:
             missing[name] = str(error)
             say(f"{name} is left out: {error}")
     return found, missing
 
 
-def conversion_agreement(contender: Contender, checkpoint: Path, sentences: Sequence[str]) -> float:
-    """Of CTranslate2 in float32 with the PyTorch module that the checkpoint is of, searching greedily."""
-    from model.subwords import load_subwords
-    from model.train import load_checkpoint
-    from model.transformer import EncoderDecoder
-    from model.translate import translate
-
-    _, model = load_checkpoint(checkpoint, EncoderDecoder)
-    theirs = run_offline(
-        contender.offline, {"sentences": sentences, "num_beams": 1, "seconds": 0}, BENCH_COMPUTE="float32"
-    )
-    return agreement(theirs["texts"], translate(model, load_subwords(checkpoint / "tokenizer.json"), sentences))
-
-
-def facts_of(
-    given: argparse.Namespace, measuring: Measuring, missing: Mapping[str, str], converted: float | None, num: int
-) -> dict[str, Any]:
+def facts_of(given: argparse.Namespace, measuring: Measuring, missing: Mapping[str, str], num: int) -> dict[str, Any]:
     """What the figures depend on, so that a results file can be read on its own."""
     manifest = json.loads((given.bundle / "manifest.json").read_text(encoding="utf-8"))
     return {
@@ -214,7 +195,6 @@ def facts_of(
         "onnxruntime": version_of(Path(sys.executable), "onnxruntime"),
         "settings": {name: str(one) for name, one in measuring.settings.items() if one is not None},
         "left_out": missing,
-        "ctranslate2_float32_agreement_with_pytorch": converted,
         "sentences": num,
         "seconds": given.seconds,
         "num_rounds": given.rounds,
@@ -223,20 +203,15 @@ def facts_of(
 
 def run(given: argparse.Namespace, scratch: Path) -> None:
     sentences = (read_sentences(given.data) if given.data else own_sentences())[: given.count]
-    contenders, missing = contenders_of(given)
+    contenders, missing = contenders_of(given, scratch)
     bare = Bare(given.bundle, len(os.sched_getaffinity(0))) if "bare" in given.only else None
     if not (contenders or bare):
         raise SystemExit("nobody is left to be measured")
     with ExitStack() as stack:
         measuring = Measuring(given, sentences, Fleet(stack, scratch))
-        converted = None
         for contender in contenders:
             try:
                 measuring.tune(contender, scratch)
-                if contender.name == "ctranslate2":
-                    checked = sentences[:_CHECKED]
-                    converted = conversion_agreement(contender, given.checkpoint, checked)
-                    say(f"ctranslate2 in float32: {converted:.1%} of {len(checked)} sentences as PyTorch has them")
             except _FAILURES as error:
                 measuring.fail(contender.name, error)
         if bare:
@@ -245,7 +220,7 @@ def run(given: argparse.Namespace, scratch: Path) -> None:
             say(f"round {turn + 1} of {given.rounds}")
             measuring.measure_round(turn, contenders, bare)
     rounds = measuring.rounds
-    facts = facts_of(given, measuring, missing, converted, len(sentences))
+    facts = facts_of(given, measuring, missing, len(sentences))
     print(table(rounds), verdict_lines(verdicts(rounds)), notes(rounds), sep="\n\n")
     if given.out:
         given.out.write_text(json.dumps(full(rounds, facts), indent=1) + "\n", encoding="utf-8")
@@ -260,7 +235,6 @@ def main() -> None:
     given.bundle = given.bundle.resolve()
     if not (given.bundle / "manifest.json").is_file():
         raise SystemExit(f"there is no {given.bundle / 'manifest.json'}")
-    given.checkpoint = checkpoint_for(given.bundle, given.checkpoint) if set(PEERS_NAMED) & set(given.only) else None
     given.cache.mkdir(parents=True, exist_ok=True)
     with scratch_folder() as scratch:
         run(given, scratch)

@@ -1,7 +1,6 @@
 """Who translates beside whom: how attnd and each peer is started, on the same weights, with a server and without."""
 
 import json
-import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,17 +81,14 @@ def attnd(bundle: Path, arguments: Sequence[str] = ()) -> Contender:
     return Contender("attnd", server_for, _module("translation_offline", bundle))
 
 
-def peer(name: str, checkpoint: Path, bundle: Path, cache: Path, *, cores: int) -> Contender:
-    """CTranslate2 in int8 or transformers in fp32, on the weights of `checkpoint`. Raises CalledProcessError.
-
-    CTranslate2 gets the logits that `bundle` has, and no others.
-    """
+def peer(name: str, weights: Path, cache: Path, *, cores: int) -> Contender:
+    """CTranslate2 in int8 or transformers in fp32, on a folder of weights. Raises CalledProcessError."""
     python, script = str(python_of(_ENVIRONMENTS[name], cache)), str(PEERS / f"{name}_translate.py")
     ports: dict[Setting | None, int] = {}
 
     def command(setting: Setting, *mode: str) -> tuple[str, ...]:
         knobs = map(str, (setting.rows, setting.workers, setting.threads))
-        return (python, script, str(checkpoint), str(bundle), *mode, *knobs)
+        return (python, script, str(weights), *mode, *knobs)
 
     def server_for(search: Search, setting: Setting | None) -> Server:
         assert setting is not None
@@ -151,13 +147,12 @@ def _module(name: str, bundle: Path, *arguments: str) -> tuple[Sequence[str], Pa
     return [*command, str(bundle), *arguments], directory
 
 
-def run_offline(command: tuple[Sequence[str], Path], plan: Mapping[str, Any], **environment: str) -> dict[str, Any]:
+def run_offline(command: tuple[Sequence[str], Path], plan: Mapping[str, Any]) -> dict[str, Any]:
     """Sentences a second and the translations of one pass. Raises LoadFailed."""
     arguments, directory = command
     finished = subprocess.run(
         arguments,
         cwd=directory,
-        env={**os.environ, **environment},
         input=json.dumps(plan),
         capture_output=True,
         text=True,

@@ -1,7 +1,6 @@
-"""CTranslate2 on our own weights; see `translating` for how it is called. BENCH_COMPUTE: int8 (default) or float32."""
+"""CTranslate2 in int8 on our own weights; see `translating` for how it is called."""
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ Tensors = dict[str, NDArray[np.float32]]
 
 
 class Weights:
-    """A checkpoint's tensors under a prefix, given to the parts of a specification."""
+    """Tensors under a prefix, given to the parts of a specification."""
 
     def __init__(self, tensors: Tensors, prefix: str = "") -> None:
         self._tensors, self._prefix = tensors, prefix
@@ -37,10 +36,9 @@ class Weights:
         spec.beta = self._tensors[f"{self._prefix}{name}.bias"]
 
 
-def specification(checkpoint: Path, written: Sequence[str]) -> TransformerSpec:
-    """`written` are the tokens that have logits."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    tensors = load_file(checkpoint / "model.safetensors")
+def specification(folder: Path) -> TransformerSpec:
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
     num_decoder_layers = config["num_decoder_layers"] or config["num_layers"]
     spec = TransformerSpec.from_config(
         (config["num_layers"], num_decoder_layers),
@@ -48,7 +46,7 @@ def specification(checkpoint: Path, written: Sequence[str]) -> TransformerSpec:
         pre_norm=True,
         activation=common_spec.Activation.RELU,
     )
-    shared = next(tensor for name, tensor in tensors.items() if name.endswith("embedding.token.weight"))
+    table, head = tensors["encoder.stack.embedding.token.weight"], tensors["head.weight"]
     for stack, name in ((spec.encoder, "encoder.stack"), (spec.decoder, "decoder.stack")):
         weights = Weights(tensors).of(name)
         weights.norm(stack.layer_norm, "norm")
@@ -56,10 +54,9 @@ def specification(checkpoint: Path, written: Sequence[str]) -> TransformerSpec:
         stack.position_encodings.encodings = sinusoids(config["max_length"], config["width"])
         for at, layer in enumerate(stack.layer):
             fill_layer(layer, weights.of(f"blocks.{at}"))
-    spec.encoder.embeddings[0].weight = shared
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    spec.decoder.embeddings.weight = spec.decoder.projection.weight = shared[[*map(tokenizer.token_to_id, written)]]
-    name_tokens(spec, tokenizer, written)
+    spec.encoder.embeddings[0].weight = table
+    spec.decoder.embeddings.weight, spec.decoder.projection.weight = table[: len(head)], head
+    name_tokens(spec, Tokenizer.from_file(str(folder / "tokenizer.json")), len(head))
     spec.config.layer_norm_epsilon = config["norm_eps"]
     return spec
 
@@ -81,37 +78,30 @@ def fill_layer(layer: Any, weights: Weights) -> None:
 
 
 def sinusoids(length: int, width: int) -> NDArray[np.float32]:
-    """Sine in the even columns, cosine in the odd ones, as the checkpoint was trained."""
+    """Sine in the even columns, cosine in the odd ones, as the model was trained."""
     angles = np.arange(length)[:, None] * np.exp(np.arange(0, width, 2) * (-np.log(10_000.0) / width))
     return np.stack((np.sin(angles), np.cos(angles)), axis=-1).reshape(length, width).astype(np.float32)
 
 
-def written_tokens(bundle: Path) -> list[str]:
-    """The tokens that the bundle's decoder has logits of: it leaves out those that no translation has."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    logits = next(one for one in manifest["graphs"]["decode"]["outputs"] if one["name"] == "logits")
-    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-    return [tokenizer.id_to_token(token) for token in range(logits["axes"][-1])]
-
-
-def name_tokens(spec: TransformerSpec, tokenizer: Tokenizer, written: Sequence[str]) -> None:
+def name_tokens(spec: TransformerSpec, tokenizer: Tokenizer, num_written: int) -> None:
+    """Only the first `num_written` tokens have logits."""
     names = [tokenizer.id_to_token(token) for token in range(tokenizer.get_vocab_size())]
     spec.register_source_vocabulary(names)
-    spec.register_target_vocabulary(list(written))
+    spec.register_target_vocabulary(names[:num_written])
     spec.config.unk_token, spec.config.bos_token, spec.config.eos_token = names[:3]  # the first is padding: never met
     spec.config.decoder_start_token = names[1]
     spec.config.add_source_eos = False  # the tokenizer adds it
 
 
-def load(checkpoint: Path, bundle: Path, layout: Layout) -> Translate:
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    with tempfile.TemporaryDirectory() as folder:
-        spec = specification(checkpoint, written_tokens(bundle))
+def load(folder: Path, layout: Layout) -> Translate:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with tempfile.TemporaryDirectory() as converted:
+        spec = specification(folder)
         spec.validate()
-        spec.save(folder)
+        spec.save(converted)
         translator = Translator(
-            folder,
-            compute_type=os.environ.get("BENCH_COMPUTE", "int8"),
+            converted,
+            compute_type="int8",
             inter_threads=layout.workers,
             intra_threads=layout.threads,
         )

@@ -66,12 +66,15 @@ def theirs(name: str) -> str:
     return f"model.{stack}.layers.{layer}.{OURS[module]}.{kind}"
 
 
-def model_of(checkpoint: Path) -> M2M100ForConditionalGeneration:
-    ours = json.loads((checkpoint / "config.json").read_text())
+def model_of(folder: Path) -> M2M100ForConditionalGeneration:
+    ours = json.loads((folder / "config.json").read_text())
     model = M2M100ForConditionalGeneration(config_of(ours)).eval()
-    tensors = {theirs(name): tensor.float() for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors.pop("head.weight")
+    tensors = {theirs(name): tensor for name, tensor in tensors.items()}
     found = model.load_state_dict(tensors, strict=False)
     model.tie_weights()
+    model.lm_head.weight, model.lm_head.out_features = torch.nn.Parameter(head), len(head)
     tied = ("embed_tokens.weight", "lm_head.weight", "embed_positions.weights")
     lacking = [name for name in found.missing_keys if not name.endswith(tied)]
     if lacking or found.unexpected_keys:
@@ -83,16 +86,16 @@ def model_of(checkpoint: Path) -> M2M100ForConditionalGeneration:
 
 
 def sinusoids(length: int, width: int) -> torch.Tensor:
-    """Sine in the even columns, cosine in the odd ones, as the checkpoint was trained."""
+    """Sine in the even columns, cosine in the odd ones, as the model was trained."""
     rates = torch.exp(torch.arange(0, width, 2) * (-torch.log(torch.tensor(10_000.0)) / width))
     angles = torch.arange(length)[:, None] * rates
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
-def load(checkpoint: Path, _: Path, layout: Layout) -> Translate:
+def load(folder: Path, layout: Layout) -> Translate:
     torch.set_num_threads(layout.threads)
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    model = model_of(checkpoint)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = model_of(folder)
 
     @torch.inference_mode()
     def batch(texts: Sequence[str], num_beams: int) -> list[str]:

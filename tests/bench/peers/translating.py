@@ -1,8 +1,9 @@
 """What every translating peer shares: a server over a function that translates a batch, and the same without a server.
 
-    python PEER.py CHECKPOINT BUNDLE serve PORT ROWS WORKERS THREADS  POST /translate {"text", "num_beams"} -> {"text"}
-    python PEER.py CHECKPOINT BUNDLE offline ROWS WORKERS THREADS     {"sentences", "num_beams", "seconds"} on stdin
+    python PEER.py WEIGHTS serve PORT ROWS WORKERS THREADS  POST /translate {"text", "num_beams"} -> {"text"}
+    python PEER.py WEIGHTS offline ROWS WORKERS THREADS     {"sentences", "num_beams", "seconds"} on stdin
 
+WEIGHTS is a folder that bench.translation_weights has written.
 The server has no timer: each of its workers takes what has come while it was busy, up to so many rows.
 """
 
@@ -89,12 +90,12 @@ def offline(translate: Translate, plan: dict[str, Any]) -> dict[str, Any]:
     return {"rate": passes * len(sentences) / elapsed, "texts": list(texts)}
 
 
-def main(load: Callable[[Path, Path, Layout], Translate]) -> None:
-    """`load` takes the checkpoint, the bundle that was made of it, and the layout."""
-    checkpoint, bundle, mode, *numbers = sys.argv[1:]
+def main(load: Callable[[Path, Layout], Translate]) -> None:
+    """`load` takes the folder of weights and the layout."""
+    folder, mode, *numbers = sys.argv[1:]
     *port, rows, workers, threads = map(int, numbers)
     layout = Layout(rows, workers, threads)
-    translate = load(Path(checkpoint), Path(bundle), layout)
+    translate = load(Path(folder), layout)
     if mode == "offline":
         print(json.dumps(offline(translate, json.load(sys.stdin))))
         return
