@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.worker.generation.likeliest import GRAPH, Likeliest
+from service.worker.generation.likeliest import GRAPH, Likeliest, blocks_of
 
 
 @pytest.fixture(scope="module")
@@ -13,11 +13,11 @@ def likeliest() -> Likeliest:
     return Likeliest()
 
 
-@pytest.mark.parametrize("size", [3, 64, 300, 8000])
+@pytest.mark.parametrize("size", [3, 64, 257, 300, 5902])
 @pytest.mark.parametrize("num_rows", [1, 4])
 @pytest.mark.parametrize("is_rounded", [False, True])
 def test_they_are_those_of_a_stable_sort(likeliest: Likeliest, size: int, num_rows: int, is_rounded: bool) -> None:
-    """Rounded ones are full of equals."""
+    """Rounded ones are full of equals, in blocks that lie apart."""
     logits = np.random.default_rng(size).standard_normal((num_rows, size)).astype(np.float32) * 3
     logits = np.round(logits) if is_rounded else logits
     expected = np.argsort(-logits, axis=1, kind="stable")[:, :9]
@@ -26,6 +26,36 @@ def test_they_are_those_of_a_stable_sort(likeliest: Likeliest, size: int, num_ro
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
     assert np.array([row.log_p for row in found]) == pytest.approx(np.take_along_axis(exact, expected, 1), abs=2e-6)
+
+
+def test_of_equals_those_of_the_first_blocks_are_taken(likeliest: Likeliest) -> None:
+    """Two in the middle are greater; then 1 is everywhere, in more blocks than are looked into."""
+    logits = np.ones((1, 100), np.float32)
+    logits[0, [55, 57]] = 2, 3
+    (found,) = likeliest.of(logits, 5)
+    assert found.ids == [57, 55, 0, 1, 2]
+    logits[0, [3, 4, 5]] = 1.5
+    logits[0, :3] = 0
+    assert likeliest.of(logits, 7)[0].ids == [57, 55, 3, 4, 5, 6, 7]
+
+
+def test_logits_are_read_where_they_are_now(likeliest: Likeliest) -> None:
+    """The same memory written again, other memory of the same shape, and rows amid a larger piece of memory."""
+    first = np.random.default_rng(2).standard_normal((8, 60)).astype(np.float32)
+    second = first[::-1].copy()
+    wanted = [row.ids for row in likeliest.of(first, 4)]
+    assert [row.ids for row in likeliest.of(second, 4)] == wanted[::-1]
+    assert [row.ids for row in likeliest.of(first[2:5], 4)] == wanted[2:5]
+    assert [row.ids for row in likeliest.of(first[3:6], 4)] == wanted[3:6]
+    first[:] = first[::-1].copy()
+    assert [row.ids for row in likeliest.of(first, 4)] == wanted[::-1]
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "blocks"), [(5902, (26, 227)), (49152, (192, 256)), (257, (1, 257)), (1, (1, 1))]
+)
+def test_a_vocabulary_is_cut_into_blocks_of_one_size(vocab_size: int, blocks: tuple[int, int]) -> None:
+    assert blocks_of(vocab_size) == blocks
 
 
 def test_a_row_gets_the_same_bits_alone_and_among_others(likeliest: Likeliest) -> None:
@@ -48,9 +78,11 @@ def test_the_impossible_comes_last(likeliest: Likeliest) -> None:
     assert (found.ids, found.log_p) == ([1, 0, 2], [0, -np.inf, -np.inf])
 
 
-@pytest.mark.parametrize("wrong", [[0, np.nan, 1], [0, np.inf, 1], [-np.inf] * 3])
-def test_what_is_not_finite_is_told_of_its_row_alone(likeliest: Likeliest, wrong: list[float]) -> None:
-    right, row = likeliest.of(np.array([[0, 1, 2], wrong], np.float32), 2)
+@pytest.mark.parametrize("num_blocks", [1, 3, 100])
+@pytest.mark.parametrize("wrong", [[0, np.nan, 1], [np.nan, 0, 1], [0, np.inf, 1], [-np.inf] * 3])
+def test_what_is_not_finite_is_told_of_its_row_alone(likeliest: Likeliest, wrong: list[float], num_blocks: int) -> None:
+    logits = np.array([[0, 1, 2], wrong], np.float32)
+    right, row = likeliest.of(np.repeat(logits, num_blocks, axis=1), 2)
     assert np.isfinite(right.log_p).all()
     assert not np.isfinite(row.log_p).any()
 
