@@ -262,12 +262,14 @@ def evaluated(run: Run, evaluate: Callable[[], Metrics]) -> Metrics:
 def save_checkpoint(
     directory: Path, config: ModelConfig, model: nn.Module, *, tokenizer: Path, provenance: dict[str, Any]
 ) -> None:
-    """Writes model.safetensors, config.json, tokenizer.json and train.json."""
+    """Writes model.safetensors, config.json, tokenizer.json and train.json, whose presence says that all is there."""
     directory.mkdir(parents=True, exist_ok=True)
     save_model(model, str(directory / "model.safetensors"))
     config.save(directory / "config.json")
     shutil.copyfile(tokenizer, directory / "tokenizer.json")
-    (directory / "train.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    new = directory / "train.json.new"
+    new.write_text(json.dumps(provenance, indent=2) + "\n")
+    new.replace(directory / "train.json")
 
 
 def checkpoint_sha256(directory: Path) -> str:
