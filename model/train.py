@@ -264,6 +264,7 @@ def save_checkpoint(
 ) -> None:
     """Writes model.safetensors, config.json, tokenizer.json and train.json, whose presence says that all is there."""
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "train.json").unlink(missing_ok=True)
     save_model(model, str(directory / "model.safetensors"))
     config.save(directory / "config.json")
     shutil.copyfile(tokenizer, directory / "tokenizer.json")

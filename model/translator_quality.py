@@ -85,7 +85,7 @@ def search(engine: TranslatorEngine, likeliest: Likeliest, source: Ids, limit: i
     for slot in range(1, num_beams):
         engine.move(0, slot, 0, len(source))
     for length in count(len(source)):
-        searched.step(list(map(Rated, logits, likeliest.of(logits, searched.num_likely))))
+        searched.step(list(map(Rated, logits, likeliest.of(logits, searched.num_likely, stays=True))))
         if searched.is_finished:
             return [Hypothesis([token for token, _ in one.written], searched.score(one)) for one in searched.best]
         for slot, (parent, _) in enumerate(searched.continuations):

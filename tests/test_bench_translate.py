@@ -57,6 +57,20 @@ def test_peers_get_the_weights_that_are_served(tmp_path: Path, monkeypatch: pyte
     assert len(asked) == 1
 
 
+def test_only_a_translation_s_bundle_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[argparse.Namespace] = []
+    monkeypatch.setattr(translate, "run", lambda given, scratch: ran.append(given))
+    monkeypatch.setattr(sys, "argv", ["bench", "--bundle", str(tmp_path), "--cache", str(tmp_path / "cache")])
+    with pytest.raises(SystemExit, match=r"no .*manifest\.json"):
+        translate.main()
+    (tmp_path / "manifest.json").write_text('{"task": "classification"}')
+    with pytest.raises(SystemExit, match="for classification, not for translation"):
+        translate.main()
+    (tmp_path / "manifest.json").write_text('{"task": "translation"}')
+    translate.main()
+    assert [given.bundle for given in ran] == [tmp_path]
+
+
 def test_run_with_nobody_in_it_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unavailable(name: str, cache: Path) -> Path:
         raise OSError("no index")

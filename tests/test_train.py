@@ -386,6 +386,28 @@ def test_a_checkpoint_loads_as_it_was_saved(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("interrupted_at", ["config.json", "train.json"])
+def test_a_checkpoint_that_is_not_saved_to_its_end_is_none(
+    interrupted_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not over a checkpoint that was complete either: `train.json` says that all is there."""
+    tokenizer, write_text = tmp_path / "given.json", Path.write_text
+    tokenizer.write_text("{}")
+
+    def interrupted(path: Path, text: str) -> int:
+        if path.name.startswith(interrupted_at):
+            write_text(path, text[:3])
+            raise OSError("no space")
+        return write_text(path, text)
+
+    saved = partial(save_checkpoint, tmp_path / "best", CONFIG, Classifier(CONFIG), tokenizer=tokenizer, provenance={})
+    saved()
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(OSError, match="no space"):
+        saved()
+    assert not (tmp_path / "best/train.json").exists()
+
+
 def test_a_tied_encoder_decoder_loads_as_it_was_saved(tmp_path: Path) -> None:
     tokenizer = tmp_path / "given.json"
     tokenizer.write_text("{}")

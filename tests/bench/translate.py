@@ -233,8 +233,11 @@ def main() -> None:
     given = options(sys.argv[1:])
     given.cache = given.cache.expanduser().resolve()
     given.bundle = given.bundle.resolve()
-    if not (given.bundle / "manifest.json").is_file():
-        raise SystemExit(f"there is no {given.bundle / 'manifest.json'}")
+    manifest = given.bundle / "manifest.json"
+    if not manifest.is_file():
+        raise SystemExit(f"there is no {manifest}")
+    if (task := json.loads(manifest.read_text(encoding="utf-8")).get("task")) != "translation":
+        raise SystemExit(f"{given.bundle} is for {task}, not for translation")
     given.cache.mkdir(parents=True, exist_ok=True)
     with scratch_folder() as scratch:
         run(given, scratch)

@@ -83,7 +83,7 @@ def way_of(num_beams: int, end_ids: Sequence[int], most: int) -> Way:
         )
 
     likeliest, count = Likeliest(), begin().num_likely
-    return Way(num_beams, begin, lambda logits: list(map(Rated, logits, likeliest.of(logits, count))))
+    return Way(num_beams, begin, lambda logits: list(map(Rated, logits, likeliest.of(logits, count, stays=True))))
 
 
 @dataclass(slots=True)

@@ -50,7 +50,7 @@ def write_weights(bundle: Path, out: Path) -> None:
 def tensors_of(bundle: Path, config: dict[str, Any]) -> Tensors:
     """All weights in float32 by their names in model.transformer's EncoderDecoder, whose head is not tied here."""
     pieces = _pieces(bundle)
-    table = _table(pieces) / np.float32(math.sqrt(config["width"]))
+    table = table_of(pieces) / np.float32(math.sqrt(config["width"]))
     found = {"encoder.stack.embedding.token.weight": table, "head.weight": _matrix(pieces, "logits")}
     num_decoder_layers = config["num_decoder_layers"] or config["num_layers"]
     for stack, num_layers in (("encoder", config["num_layers"]), ("decoder", num_decoder_layers)):
@@ -96,7 +96,7 @@ def _matrix(pieces: Tensors, name: str) -> Array:
     return np.ascontiguousarray(pieces[f"{name}.codes"].T.astype(np.float32) * pieces[f"{name}.scale"])
 
 
-def _table(pieces: Tensors) -> Array:
+def table_of(pieces: Tensors) -> Array:
     """The embedding (V, W), times the root of W."""
     if "embedding.weight" in pieces:
         return pieces["embedding.weight"]

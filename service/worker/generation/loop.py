@@ -217,14 +217,17 @@ class GenerationLoop:
         count = max(wanted)
         if not count:
             return logits
-        given: list[Given] = list(logits)
-        beams = {at: one for at, one in enumerate(logits) if wanted[at] and one is not None}
-        is_all = isinstance(logits, np.ndarray) and len(beams) == len(rows)
+        each: list[Logits | None] = list(logits)
+        beams = {at: one for at, one in enumerate(each) if wanted[at] and one is not None}
+        if not beams:
+            return each
+        stays = isinstance(logits, np.ndarray) and len(beams) == len(rows)  # the engine's own memory
         try:
-            found = self._likeliest.of(np.asarray(logits if is_all else list(beams.values())), count) if beams else []
+            found = self._likeliest.of(np.asarray(logits if stays else [*beams.values()]), count, stays=stays)
         except Exception as error:
             _log.error("the likeliest tokens of %d rows could not be found", len(beams), exc_info=error)
-            return [None if at in beams else one for at, one in enumerate(given)]
+            return [None if at in beams else one for at, one in enumerate(each)]
+        given: list[Given] = [*each]
         for (at, one), likely in zip(beams.items(), found, strict=True):
             given[at] = Rated(one, likely)
         return given
