@@ -69,6 +69,7 @@ class Relay:
 
     def __init__(self, address: str) -> None:
         self._port = int(address.rsplit(":", 1)[1])
+        self._connecting: list[asyncio.Task[Any] | None] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._writers: list[asyncio.StreamWriter] = []
 
@@ -78,12 +79,14 @@ class Relay:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.freeze()
         self._server.close()
+        await asyncio.gather(*filter(None, self._connecting))
+        self.freeze()
         for writer in self._writers:
             writer.close()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connecting.append(asyncio.current_task())
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
         self._writers += [writer, far_writer]
         self._pumps += [asyncio.create_task(_pump(*ends)) for ends in ((reader, far_writer), (far_reader, writer))]
