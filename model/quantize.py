@@ -197,7 +197,7 @@ def quantize(model: onnx.ModelProto, activations: Mapping[str, Activations]) -> 
 
 
 def linear_nodes(node: onnx.NodeProto, name: str, layer: Int8Layer, weights: Arrays) -> Iterator[onnx.NodeProto]:
-    """Gemm -> Mul (smoothing), QuantizeLinear, MatMulIntegerToFloat (which adds the bias too)."""
+    """Gemm -> Mul (smoothing), QuantizeLinear, MatMulIntegerToFloat, which adds the bias, too, if there is one."""
     added = {
         f"{name}.smooth": layer.smooth.numpy(),
         f"{name}.scale": np.float32(layer.scale),
@@ -210,7 +210,7 @@ def linear_nodes(node: onnx.NodeProto, name: str, layer: Int8Layer, weights: Arr
     weights.update((key, np.asarray(value)) for key, value in added.items())
     yield helper.make_node("Mul", [node.input[0], smooth], [f"{name}.smoothed"])
     yield helper.make_node("QuantizeLinear", [f"{name}.smoothed", scale, zero_point], [f"{name}.quantized"])
-    inputs = [f"{name}.quantized", weight, scale, weight_scale, zero_point, weight_zero_point, node.input[2]]
+    inputs = [f"{name}.quantized", weight, scale, weight_scale, zero_point, weight_zero_point, *node.input[2:]]
     yield helper.make_node("MatMulIntegerToFloat", inputs, node.output, domain=CONTRIB)
 
 

@@ -8,7 +8,16 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from tiny import CONFIG, GRAPH_FILE, LABELS, confident_rows, export_tiny, random_ids, seeded_classifier
+from tiny import (
+    CONFIG,
+    GRAPH_FILE,
+    LABELS,
+    confident_rows,
+    export_tiny,
+    random_ids,
+    save_tiny_checkpoint,
+    seeded_classifier,
+)
 
 from model import export as export_module
 from model.checks import Check, Report
@@ -16,6 +25,8 @@ from model.config import ModelConfig
 from model.data import Row
 from model.export import Options, export, export_verified, main
 from model.packed import PackedClassifier
+from model.train import save_checkpoint
+from model.verify import verify
 from service.worker.bundle import load_bundle
 from service.worker.classification.engine import Tokens, pack
 
@@ -98,6 +109,18 @@ def test_the_same_checkpoint_gives_the_same_bytes(
     again = export_tiny(tiny_checkpoint, tmp_path / "again", precision)
     for path in tiny_bundles[precision].iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_model_whose_biases_are_zero_is_exported(tmp_path: Path) -> None:
+    """Their layers have none in the graph."""
+    checkpoint, model = save_tiny_checkpoint(tmp_path / "tiny"), seeded_classifier()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(0 if name.endswith("bias") else 1)
+    save_checkpoint(checkpoint, CONFIG, model, tokenizer=checkpoint / "source.json", provenance={"created": 0})
+    for precision in ("float32", "int8"):
+        report = verify(export_tiny(checkpoint, tmp_path / precision, precision), checkpoint)
+        assert report.passed, report.text()
 
 
 def test_the_manifest_says_what_was_exported(tiny_bundles: dict[str, Path]) -> None:
